@@ -1,0 +1,382 @@
+"""Users fitted to a log of purchases: `FittedSimulator.fit(SimSpec(logs, catalog))`.
+
+Fitted on trips of a window before the cut: how likely a household is to buy each product on a trip
+(preference.py), when it stops buying, how much a purchase changes its wish for others of the
+category (habits.py). Days between trips are the household's own.
+
+Assumed, since purchases cannot tell: a household leaves a useless slate with probability `patience`
+(0: never); being shown changes nothing (`exposure`, added to theta; 0: nothing) whatever the slot
+(`position`, lost per slot; 0: nothing); taste does not drift within a trip (`drift`; 0: none).
+A product shown is judged as if the household were shopping alone: the choice among K is a logit.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from encoders.items import interactions
+from encoders.state import EMPTY, remember
+from simulators import choice as choices
+from simulators import dynamics
+from simulators.base import Catalog, Response, SimSpec, UserState, UserTable
+from simulators.catalog import finest_categories
+from simulators.draws import Draws
+from simulators.habits import Habits, fit_habits
+from simulators.preference import ItemFacts, Preference, fit_preference, item_to_item
+from simulators.trips import Trips, trips_from_logs
+from sources.cache import cached
+from sources.logs import Logs
+
+FORMAT = 1  # of a saved fit; raised when its content or meaning changes
+BASKET = 40  # M: purchases of one trip; a household with a full basket goes home
+STARTS = 6  # starting points of a household among its trips before the cut
+
+
+class FittedSimulator:
+    """Households who answer slates as those of the log would."""
+
+    behaviours: tuple[str, ...] = ("buy",)
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        preference: Preference,
+        habits: Habits,
+        users: UserTable,
+        *,
+        patience: float = 0.1,
+        satiation: float | None = None,
+        drift: float = 0.0,
+        exposure: float = 0.0,
+        position: float = 0.0,
+        choice: str = "logit",
+        trips: int = 1,
+        device: str = "cpu",
+        fit_key: str = "",
+    ) -> None:
+        if not 0.0 <= patience <= 1.0:
+            raise ValueError(f"patience must be a probability in [0, 1], got {patience}")
+        if trips < 1:
+            raise ValueError(f"trips must be at least 1, got {trips}")
+        if choice not in ("logit", "independent", "cascade"):
+            raise ValueError(f"choice must be logit, independent or cascade, got {choice!r}")
+        if len(catalog) != len(preference.bias):
+            raise ValueError(
+                f"the preference model prices {len(preference.bias)} items, the catalogue has "
+                f"{len(catalog)}: fit it on this catalogue"
+            )
+        width = preference.of_user.in_features - preference.extra
+        if users.profile.shape[1] != width or not len(users):
+            raise ValueError(
+                f"users must be 1 or more with profiles of {width} numbers, as the model was "
+                f"fitted on, got {tuple(users.profile.shape)}: take them from the same log"
+            )
+        self.catalog, self.preference = catalog.to(device), preference.to(device)
+        self.habits = habits.to(device)
+        self.users = users.to(device)
+        self.patience, self.drift, self.exposure = patience, drift, exposure
+        self.satiation = habits.satiation if satiation is None else satiation
+        self.position, self.choice, self.trips = position, choice, trips
+        self.price = torch.nan_to_num(self.catalog.price)  # (N,)
+        self.fit_key = fit_key  # names all that the fit came from
+
+    @classmethod
+    def fit(
+        cls,
+        spec: SimSpec,
+        *,
+        window: float = 150.0,
+        epochs: int = 2,
+        hidden: int = 32,
+        **knobs: Any,
+    ) -> "FittedSimulator":
+        """Fit to the purchases of `spec.logs` in the `window` days before the catalogue's cut.
+
+        `knobs` are those of the constructor. A fit is kept and found again by the content of all
+        that goes in.
+        """
+        if spec.logs is None or spec.catalog is None:
+            raise ValueError(
+                "a fitted simulator needs logs and a catalogue, got none: env.data is null"
+            )
+        if not window > 0 or epochs < 1 or hidden < 1:
+            raise ValueError(
+                "window must be above 0 days, epochs and hidden at least 1, got "
+                f"window={window}, epochs={epochs}, hidden={hidden}"
+            )
+        logs, catalog = spec.logs.before(moment(spec.catalog.as_of)), spec.catalog
+        key = (
+            f"fit {FORMAT} {logs.fingerprint()} {catalog.fingerprint()} {window} {epochs} {hidden} "
+            f"{spec.seed} {spec.bootstrap}"
+        )
+
+        def make() -> dict[str, Any]:
+            return fit_model(logs, catalog, window, epochs, hidden, spec.seed, spec.bootstrap)
+
+        state = cached(key, make, torch.save, _load, what="the fitted users")
+        preference, habits = restore(state)
+        users = spec.users if spec.users is not None else _table(state["users"])
+        return cls(catalog, preference, habits, users, device=spec.device, fit_key=key, **knobs)
+
+    @classmethod
+    def default(cls) -> "FittedSimulator":
+        """Households of the whole retail log, as `recplay/Ecommerce-v0` has them."""
+        from simulators.catalog import catalog_from_logs
+        from sources.complete_journey import load
+
+        logs = load()
+        return cls.fit(SimSpec(logs, catalog_from_logs(logs)))
+
+    def save(self, path: str | Path) -> None:
+        """Write model, habits and users as one file of tensors; the catalogue has its own."""
+        state = store(self.preference, self.habits)
+        ids = self.users.ids
+        users = vars(self.users) | {"ids": ids.tolist(), "ids_type": str(ids.dtype)}
+        torch.save(state | {"users": users, "catalog": self.catalog.fingerprint()}, path)
+
+    @classmethod
+    def load(cls, path: str | Path, catalog: Catalog, **knobs: Any) -> "FittedSimulator":
+        """Read what `save` wrote; the catalogue must be the one it was fitted on."""
+        state = _load(Path(path))
+        if state["catalog"] != catalog.fingerprint():
+            raise ValueError(
+                f"{path} was fitted on another catalogue than the {len(catalog)} items given: "
+                "load the catalogue of that fit, or fit again"
+            )
+        preference, habits = restore(state)
+        return cls(catalog, preference, habits, _table(state["users"]), **knobs)
+
+    def start(self, users: Tensor, draws: Draws) -> UserState:
+        """Rows of `users` (B,) to the state of B households who enter."""
+        table = self.users
+        state = self.preference.describe(
+            table.profile[users],
+            table.past[users],
+            table.past_count[users],
+            table.past_age[users],
+            table.start[users],
+        )
+        none = torch.zeros_like(users)
+        return state | {
+            "row": users,
+            "time": table.start[users],
+            "basket": torch.full((len(users), BASKET), EMPTY, device=users.device),  # this trip
+            "purchases": none,
+            "trip": none,
+        }
+
+    def respond(self, state: UserState, slate: Tensor, draws: Draws) -> tuple[Response, UserState]:
+        """Answer a slate (B, K) of distinct items or EMPTY; the state handed in is not changed."""
+        theta = self._theta(state, slate)  # (B, K)
+        chosen, organic = self._choose(theta, slate, state, draws)  # (B, K) each
+        bought = chosen.any(dim=1)  # (B,)
+        state = dict(state)
+        basket, purchases = fill(state["basket"], state["purchases"], slate, chosen)
+        state["basket"], state["purchases"] = basket, purchases
+        if self.drift:
+            what = embedding(slate.clamp_min(0), self.preference.source) * chosen[:, :, None]
+            state["recent"] = state["recent"] + self.drift * what.sum(dim=1)
+        stop = self.habits.stop_hazard(purchases, self.users.profile[state["row"], 0])  # (B,)
+        hazard = dynamics.leave_hazard(bought, stop, ~bought, self.patience)  # (B,)
+        over = (draws.uniform("leave")[:, 0] < hazard) | (purchases >= BASKET)  # (B,)
+        left = over & (state["trip"] >= self.trips - 1)  # (B,)
+        elapsed = torch.zeros_like(hazard)  # (B,) days
+        if self.trips > 1:
+            every = torch.exp(-self.users.profile[state["row"], 1])  # (B,) days a trip
+            gap = dynamics.return_gap(draws.uniform("return")[:, 0], every)
+            elapsed = torch.where(over & ~left, gap, elapsed)
+            state = self._come_back(state, elapsed)
+        value = self.price[slate.clamp_min(0)] * chosen  # (B, K)
+        # One fit has no opinion of its own error.
+        return Response(
+            {"buy": chosen}, organic, value, left, elapsed, torch.zeros_like(value)
+        ), state
+
+    def relevance(self, state: UserState) -> Tensor:
+        """(B, N) true probability that each item, shown alone now, is bought: for oracles only."""
+        theta = self.preference.logits(state)
+        category = self.catalog.category.expand(len(theta), -1)
+        return (self._sated(theta, category, state) + self.exposure).sigmoid()
+
+    def _theta(self, state: UserState, slate: Tensor) -> Tensor:
+        """Logits (B, K) of buying now, unshown; -inf in an empty slot."""
+        theta = self.preference.logit(state, slate)
+        return self._sated(theta, self.catalog.category[slate.clamp_min(0)], state)
+
+    def _sated(self, theta: Tensor, category: Tensor, state: UserState) -> Tensor:
+        if not self.satiation:
+            return theta
+        most = int(state["purchases"].max())
+        basket = state["basket"][:, :most]  # (B, m)
+        taken = torch.where(basket == EMPTY, EMPTY, self.catalog.category[basket.clamp_min(0)])
+        return dynamics.satiate(theta, category, taken, self.satiation)
+
+    def _choose(
+        self, theta: Tensor, slate: Tensor, state: UserState, draws: Draws
+    ) -> tuple[Tensor, Tensor]:
+        """What is bought and what would have been unshown, (B, K) bool each."""
+        key = slate + len(self.catalog) * state["trip"][:, None]  # new wishes on a new trip
+        uniform = draws.per_item("buy", key)  # (B, K)
+        shown = choices.position(theta + self.exposure, self.position)
+        if self.choice != "logit":
+            choose = choices.cascade if self.choice == "cascade" else choices.independent
+            return choose(shown, uniform), choices.independent(theta, uniform)
+        noise = choices.gumbel(uniform)
+        outside = choices.gumbel(draws.uniform("outside"))[:, 0]  # (B,)
+        return choices.logit(shown, noise, outside), choices.organic(theta, noise, outside)
+
+    def _come_back(self, state: UserState, elapsed: Tensor) -> UserState:
+        """Let `elapsed` (B,) days go by for who ends a trip: the basket becomes past."""
+        rows = (elapsed > 0).nonzero().squeeze(1)  # (R,)
+        if len(rows) == 0:
+            return state
+        basket = state["basket"][rows][:, : max(1, int(state["purchases"][rows].max()))]
+        past, count, age = (state[k][rows] for k in ("past", "count", "age"))
+        time = state["time"][rows] + elapsed[rows].double()
+        past, count, age = remember(past, count, age, basket, elapsed[rows])
+        profile = self.users.profile[state["row"][rows]]
+        fresh = self.preference.describe(profile, past, count, age, time) | {
+            "time": time,
+            "basket": torch.full((len(rows), BASKET), EMPTY, device=rows.device),
+            "purchases": torch.zeros_like(rows),
+            "trip": state["trip"][rows] + 1,
+        }
+        return state | {k: state[k].index_copy(0, rows, v) for k, v in fresh.items()}
+
+
+def moment(day: float) -> pd.Timestamp:
+    """Days since 1970-01-01 as a timestamp."""
+    return pd.Timestamp(round(day * 86_400e6), unit="us")
+
+
+def item_facts(
+    logs: Logs, catalog: Catalog, log_rate: Tensor, weight: pd.Series | None
+) -> ItemFacts:
+    """What the model may know of the catalogue's items from `logs`, households weighted."""
+    counts, users = interactions(logs, catalog.ids)
+    if weight is not None:
+        times = weight.reindex(users).fillna(0).to_numpy().astype(np.int64)
+        counts = counts[np.repeat(np.arange(len(users)), times)]
+    source, target = item_to_item(counts)
+    items = logs.items.set_index("item").loc[catalog.ids]
+    columns = finest_categories(logs, catalog.ids)
+    codes = [pd.factorize(items[c].astype(object).fillna(""), sort=True)[0] for c in columns]
+    groups = np.stack(codes or [np.zeros(len(catalog), np.int64)], axis=1)  # (N, G)
+    return ItemFacts(
+        log_rate=log_rate,
+        gap=usual_gap(logs, catalog.ids),
+        groups=torch.from_numpy(groups.astype(np.int64)),
+        source=source,
+        target=target,
+    )
+
+
+def usual_gap(logs: Logs, ids: np.ndarray) -> Tensor:
+    """Log of the median days (N,) between a household's purchases; of all items where none."""
+    events = logs.events[logs.events["behaviour"].isin(logs.purchases)]
+    row = pd.Index(ids).get_indexer(events["item"])
+    bought = pd.DataFrame({"row": row, "user": events["user"], "time": events["time"]})[row >= 0]
+    bought = bought.drop_duplicates().sort_values(["user", "row", "time"], kind="stable")
+    gap = bought.groupby(["user", "row"])["time"].diff().dt.total_seconds() / 86_400
+    median = gap.groupby(bought["row"]).median().reindex(range(len(ids)))
+    typical = median.median() if median.notna().any() else 30.0
+    usual = median.fillna(typical).clip(1, 200).to_numpy(np.float32, copy=True)  # (N,)
+    return torch.from_numpy(usual).log()
+
+
+def fit_model(
+    logs: Logs,
+    catalog: Catalog,
+    window: float,
+    epochs: int,
+    hidden: int,
+    seed: int,
+    bootstrap: bool,
+) -> dict[str, Any]:
+    """Fit preference and habits to the trips of the window; all the tensors that make the users."""
+    since = catalog.as_of - window
+    trips = trips_from_logs(logs, catalog.ids, since=since)
+    if len(trips) < 100 or len(trips.bought) < 100:
+        raise ValueError(
+            f"{logs.name}: {len(trips)} trips with {len(trips.bought)} purchases of the catalogue "
+            f"in the {window:g} days before the cut are too few to fit users to (100 of each): "
+            "give a longer log, a larger window or a larger catalogue"
+        )
+    past = logs.before(moment(since))
+    if (lines := interactions(past, catalog.ids)[0].sum()) < 100:
+        raise ValueError(
+            f"{logs.name}: {lines:g} purchases of the catalogue before the window of {window:g} "
+            "days are too few to learn from what goes with what (100): choose a smaller window"
+        )
+    households = np.unique(trips.user)
+    rng = np.random.default_rng(seed)
+    size = len(households)
+    times = rng.multinomial(size, np.full(size, 1 / size)) if bootstrap else np.ones(size, np.int64)
+    drawn = pd.Series(times, index=households)
+    weight = drawn.loc[trips.user].to_numpy(np.float64)  # (n,)
+    sold = np.bincount(
+        trips.bought, np.repeat(weight, np.diff(trips.pointer)), minlength=len(catalog)
+    )
+    log_rate = torch.from_numpy(np.log((sold + 0.5) / weight.sum())).float()
+    draw = drawn if bootstrap else None
+    before = item_facts(past, catalog, log_rate, draw)
+    preference = fit_preference(trips, weight, before, epochs=epochs, hidden=hidden, seed=seed)
+    # From here on the model serves users after the window: item-to-item weights of all the past.
+    now = item_facts(logs, catalog, log_rate, draw)
+    for name in ("source", "target", "gap"):
+        getattr(preference, name).copy_(getattr(now, name))
+    habits = fit_habits(preference, trips, weight, catalog.category.cpu(), seed)
+    users = trips[starting_points(trips, rng)].users()
+    table = vars(users) | {"ids": users.ids.tolist(), "ids_type": str(users.ids.dtype)}
+    return store(preference, habits) | {"users": table}
+
+
+def starting_points(trips: Trips, rng: np.random.Generator) -> np.ndarray:
+    """Rows (m,) of up to STARTS trips of each household, drawn at random."""
+    order = np.lexsort((rng.random(len(trips)), pd.factorize(trips.user)[0]))
+    user = trips.user[order]
+    first = np.concatenate([[True], user[1:] != user[:-1]])
+    rank = np.arange(len(user)) - np.maximum.accumulate(np.where(first, np.arange(len(user)), 0))
+    return np.sort(order[rank < STARTS])
+
+
+def store(preference: Preference, habits: Habits) -> dict[str, Any]:
+    """A fit as plain tensors and numbers."""
+    sizes = preference.of_user.in_features, preference.of_user.out_features
+    return {"preference": preference.state_dict(), "sizes": sizes, "habits": vars(habits)}
+
+
+def restore(state: dict[str, Any]) -> tuple[Preference, Habits]:
+    """The model and habits that `store` wrote."""
+    weights: Mapping[str, Tensor] = state["preference"]
+    names = ("log_rate", "gap", "groups", "source", "target")
+    facts = ItemFacts(**{name: weights[name] for name in names})
+    features, hidden = state["sizes"]
+    preference = Preference(facts, features - Preference.extra, hidden)
+    preference.load_state_dict(weights)
+    return preference.eval().requires_grad_(False), Habits(**state["habits"])
+
+
+def fill(basket: Tensor, filled: Tensor, slate: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Put what was chosen of a slate (B, K) behind the `filled` (B,) places of a basket (B, M)."""
+    size = basket.shape[1]
+    place = torch.where(chosen, filled[:, None] + chosen.cumsum(dim=1) - 1, size).clamp_max(size)
+    room = torch.nn.functional.pad(basket, (0, 1), value=EMPTY)  # the last takes what does not fit
+    return room.scatter_(1, place, slate)[:, :size], filled + chosen.sum(dim=1)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    return state
+
+
+def _table(state: dict[str, Any]) -> UserTable:
+    state = dict(state)
+    kind = state.pop("ids_type")
+    return UserTable(**state | {"ids": np.array(state["ids"], dtype=kind)})
