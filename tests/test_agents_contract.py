@@ -1,0 +1,154 @@
+"""Every agent that has a yaml keeps the contract; the kit catches those that do not."""
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import get_class, instantiate
+from omegaconf import OmegaConf
+
+from agents.base import Agent, AgentSpec, allowed_items
+from agents.dqn import DQN
+from agents.frozen import Frozen
+from agents.random import Random
+from agents.static import BuyAgain, Popularity
+from agents.testing import check_agent, synthetic_observation, synthetic_spec
+
+CONF = Path(__file__).parents[1] / "experiments" / "conf" / "agent"
+YAMLS = sorted(CONF.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("slate_size", [1, 3])
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
+def test_every_yaml_builds_an_agent_that_keeps_the_contract(path, slate_size):
+    spec = synthetic_spec(slate_size=slate_size)
+    agent = instantiate(OmegaConf.load(path), spec)
+    assert isinstance(agent, Agent)
+    assert check_agent(agent, spec) == []
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
+def test_a_yaml_repeats_the_defaults_of_the_signature(path):
+    config = OmegaConf.to_container(OmegaConf.load(path))
+    signature = inspect.signature(get_class(config.pop("_target_"))).parameters
+    assert {name: signature[name].default for name in config} == config
+
+
+@pytest.mark.parametrize("slate_size", [1, 3])
+def test_frozen_policies_keep_the_contract(slate_size):
+    spec = synthetic_spec(slate_size=slate_size)
+    for inner in (DQN(spec), BuyAgain(spec)):
+        assert check_agent(Frozen(inner, spec), spec) == []
+
+
+class Overconfident(Random):
+    def act(self, obs, mask, *, explore=True):
+        decision = super().act(obs, mask, explore=explore)
+        return replace(decision, propensity=torch.ones_like(decision.propensity))
+
+
+class Maskless(Popularity):
+    def act(self, obs, mask, *, explore=True):
+        return super().act(obs, None, explore=explore)
+
+
+class OneCoin(Random):
+    def act(self, obs, mask, *, explore=True):
+        decision = super().act(obs[:1], None if mask is None else mask[:1], explore=explore)
+        rows = torch.zeros(len(obs), dtype=torch.int64)
+        return replace(decision, slate=decision.slate[rows], propensity=decision.propensity[rows])
+
+
+class Forgetful(DQN):
+    def load_state_dict(self, state):
+        self.env_steps = state["env_steps"]
+
+
+class GlobalRandom(Random):
+    def act(self, obs, mask, *, explore=True):
+        self.generator.manual_seed(int(torch.randint(0, 1000, ())))
+        return super().act(obs, mask, explore=explore)
+
+
+class Gullible(DQN):
+    def update(self, transition):
+        return super().update(replace(transition, reward=torch.zeros_like(transition.reward)))
+
+
+class OffByOne(Popularity):
+    def action_probs(self, obs, mask, *, explore=True):
+        return super().action_probs(obs, mask, explore=explore) * 1.1
+
+
+class Crowd(Popularity):
+    def scores(self, obs):
+        return super().scores(obs).roll(len(obs), dims=1)
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (Overconfident, "propensity and slate_probs"),
+        (Maskless, "showed a masked item"),
+        (OneCoin, "each user"),
+        (Forgetful, "after load_state_dict"),
+        (GlobalRandom, "global random generator"),
+        (Gullible, "NaN"),
+        (OffByOne, "sums to 1.1"),
+        (Crowd, "alone than in a batch"),
+    ],
+)
+def test_the_kit_says_what_is_wrong(broken, words):
+    spec = synthetic_spec()
+    assert words in "\n".join(check_agent(broken(spec), spec))
+
+
+def test_the_kit_leaves_the_agent_as_it_was():
+    spec = synthetic_spec()
+    agent, other = DQN(spec), DQN(spec)
+    check_agent(agent, spec)
+    obs = synthetic_observation(spec, 8, torch.Generator().manual_seed(1))
+    assert torch.equal(agent.scores(obs), other.scores(obs))
+
+
+def test_a_slate_larger_than_the_catalogue_is_refused():
+    with pytest.raises(ValueError, match="shrink the slate"):
+        synthetic_spec(num_items=5, slate_size=6)
+
+
+def test_item_vectors_that_are_not_finite_are_refused():
+    spec = synthetic_spec()
+    vectors = spec.item_vectors.clone()
+    vectors[3, 1] = torch.nan
+    with pytest.raises(ValueError, match="item 3"):
+        replace(spec, item_vectors=vectors)
+
+
+def test_an_agent_spec_needs_a_row_per_item():
+    with pytest.raises(ValueError, match="one row per item, expected 24, got 3"):
+        AgentSpec(**{**synthetic_spec().__dict__, "popularity": torch.ones(3)})
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (torch.zeros(2, 5, dtype=torch.bool), "allows no item in row 0"),
+        (torch.tensor([[-1, -1], [0, 7]]), "row 1 does not"),
+        (torch.ones(3, 5, dtype=torch.bool), "got \\(3, 5\\)"),
+        (torch.ones(2, 5), "float32"),
+        (torch.arange(5).expand(2, 5), "allows no item in row 0"),
+    ],
+)
+def test_a_mask_that_cannot_be_meant_is_refused(mask, words):
+    with pytest.raises(ValueError, match=words):
+        allowed_items(mask, 2, 5, "cpu")
+
+
+def test_the_three_forms_of_a_mask_agree():
+    excluded = torch.tensor([[1, -1], [0, 2]])
+    allowed = torch.tensor([[True, False, True], [False, True, False]])
+    assert torch.equal(allowed_items(excluded, 2, 3, "cpu"), allowed)
+    assert torch.equal(allowed_items(allowed, 2, 3, "cpu"), allowed)
+    assert allowed_items(None, 2, 3, "cpu").all()

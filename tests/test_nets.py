@@ -1,0 +1,120 @@
+"""The Q-net reads what it should, ignores padding, and its two ways to a value agree."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from agents.nets import QNet, item_features
+from agents.testing import synthetic_observation, synthetic_spec
+from encoders.state import EMPTY
+
+SPEC = synthetic_spec(num_items=30, slate_size=3)
+FORMS = [
+    {"head": head, "dueling": dueling, "memory": memory}
+    for head in ("dot", "dense")
+    for dueling in (True, False)
+    for memory in (True, False)
+]
+
+
+def observe(batch=6, seed=0):
+    return synthetic_observation(SPEC, batch, torch.Generator().manual_seed(seed))
+
+
+def shaken(form, seed=0):
+    """A net whose every weight is far from its start, so that no term is too small to see."""
+    net, generator = QNet(SPEC, width=16, **form), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn(p.shape, generator=generator))
+    return net
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_values_of_a_slate_are_the_values_of_its_items(form):
+    net, obs = shaken(form), observe()
+    slate = torch.rand(6, 30, generator=torch.Generator().manual_seed(2)).topk(12, dim=1).indices
+    slate[:, :4] = obs.past[:, :4].clamp(min=0)  # known items among them
+    q = net(obs)
+    some = net.values_of(net.read(obs), slate)
+    assert q.shape == (6, 30)
+    assert torch.allclose(some, q.gather(1, slate), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_batch_equals_singles(form):
+    net, obs = shaken(form), observe()
+    alone = torch.cat([net(obs[b : b + 1]) for b in range(6)])
+    assert torch.allclose(alone, net(obs), atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["dot", "dense"])
+def test_with_dueling_the_mean_value_is_the_value_of_the_state(head):
+    net, obs = shaken({"head": head}), observe()
+    value = net.value(net.body(net.state(obs)))
+    assert torch.allclose(net(obs).mean(dim=1, keepdim=True), value, atol=1e-3)
+
+
+def test_values_start_small_and_finite_whatever_the_scale_of_the_vectors():
+    for scale in (1e-3, 1.0, 1e3):
+        spec = replace(SPEC, item_vectors=SPEC.item_vectors * scale)
+        q = QNet(spec)(observe(64)).detach()
+        assert q.isfinite().all()
+        assert float(q.abs().max()) < 1.0
+
+
+def test_the_net_is_a_function_of_the_seed_and_leaves_global_randomness_alone():
+    before = torch.get_rng_state()
+    one, two, other = QNet(SPEC), QNet(SPEC), QNet(replace(SPEC, seed=1))
+    assert torch.equal(torch.get_rng_state(), before)
+    obs = observe()
+    assert torch.equal(one(obs), two(obs))
+    assert not torch.equal(one(obs), other(obs))
+
+
+def test_padding_is_not_read():
+    net, obs = shaken({}), observe()
+    noisy = replace(
+        obs,
+        past_count=torch.where(obs.past == EMPTY, 50.0, obs.past_count),
+        past_age=torch.where(obs.past == EMPTY, 7.0, obs.past_age),
+        feedback=torch.where((obs.history == EMPTY)[:, :, None], 1.0, obs.feedback),
+    )
+    assert torch.allclose(net(noisy), net(obs), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "field", ["profile", "past", "past_count", "past_age", "history", "feedback", "context"]
+)
+def test_every_part_of_an_observation_is_read(field):
+    net, obs = shaken({}), observe()
+    other = replace(obs, **{field: getattr(obs, field).roll(1, dims=0)})
+    assert not torch.allclose(net(other), net(obs), atol=1e-4)
+
+
+def test_the_memory_term_moves_the_items_of_the_past_and_no_other():
+    net, obs = shaken({"dueling": False}), observe()
+    seen = net.read(obs)
+    extra = net.extra(net.body(seen.state), seen)  # (B, H)
+    own = torch.zeros(6, 31).scatter(1, torch.where(obs.past == EMPTY, 30, obs.past), extra)[:, :30]
+    moved = net.values(seen)
+    net.memory = False
+    assert torch.allclose(moved - own, net.values(seen), atol=1e-3)
+    assert (extra[obs.past == EMPTY] == 0).all()
+    assert (extra[obs.past != EMPTY] != 0).all()
+
+
+def test_main_axes_keep_all_of_one_hot_vectors_and_the_similarity_of_others():
+    assert torch.linalg.matrix_rank(item_features(torch.eye(9))) == 9
+    vectors = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
+    features = item_features(vectors)
+    cos = torch.nn.functional.cosine_similarity
+    assert torch.allclose(
+        cos(features[:20], features[20:]), cos(vectors[:20], vectors[20:]), atol=1e-4
+    )
+
+
+def test_an_unknown_head_is_refused():
+    with pytest.raises(ValueError, match="dot or dense, got 'wide'"):
+        QNet(SPEC, head="wide")
