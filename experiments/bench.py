@@ -1,0 +1,116 @@
+"""Measure how fast things are, in CPU time, so that a busy machine matters little.
+
+python experiments/bench.py bench=env
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # flat packages, installed or not
+
+from experiments import cli
+
+if __name__ == "__main__":
+    cli.check("bench", __doc__, sys.argv[1:])  # before torch: help and typos answer at once
+
+import statistics
+import time
+from collections.abc import Callable
+from itertools import cycle
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from envs.recommend import RecommendVectorEnv
+from experiments.run_folder import write_json
+from simulators.base import SimSpec
+from simulators.worlds import TinyWorld
+
+POOL = 32  # random slates drawn before the clock starts, shown in turn
+WARM_UP = 20  # steps nobody times: rows desynchronise, so that users leave at every step
+
+
+@hydra.main(version_base="1.3", config_path=str(cli.CONF), config_name="bench")
+def main(cfg: DictConfig) -> None:
+    """Run one benchmark and print a line for each of its cases."""
+    with cli.plain_errors():
+        checked(cfg)
+        torch.set_num_threads(cfg.threads)
+        rows = BENCHES[cfg.bench](cfg)
+        for row in rows:
+            print(line(row))
+        if cfg.out:
+            write_json(Path(cfg.out), rows)
+
+
+def bench_env(cfg: DictConfig) -> list[dict[str, Any]]:
+    """User-slates per CPU-second of an environment that is shown random slates.
+
+    Included: observations as ids, draws, answers, rewards, and new users where old ones leave.
+    """
+    world = TinyWorld(SimSpec(None, None, seed=cfg.seed), items=cfg["items"], dim=cfg.dim)
+    env = RecommendVectorEnv(
+        world, num_envs=cfg.users, slate_size=cfg.slate_size, max_steps=cfg.max_steps,
+        observation="ids", output="torch", seed=cfg.seed,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(cfg.seed)
+    keys = (torch.rand(cfg.users, cfg["items"], generator=generator) for _ in range(POOL))
+    slates = cycle([key.topk(cfg.slate_size, dim=1).indices for key in keys])  # (B, K) each
+    env.reset()
+    for _ in range(WARM_UP):
+        env.step(next(slates))
+    rates = [
+        cfg.users * calls_per_second(lambda: env.step(next(slates)), cfg.seconds)
+        for _ in range(cfg.repeats)
+    ]
+    case = (
+        f"RecommendVectorEnv, {cfg.users} users, {cfg['items']} items, slate {cfg.slate_size}, "
+        f"random slates, {cfg.threads} thread{'s' * (cfg.threads > 1)}"
+    )
+    return [summary("env", case, rates, "user-slates per CPU-second")]
+
+
+BENCHES: dict[str, Callable[[DictConfig], list[dict[str, Any]]]] = {"env": bench_env}
+
+
+def calls_per_second(call: Callable[[], Any], seconds: float) -> float:
+    """Calls per second of CPU time of this process, over a window of `seconds`."""
+    calls, begun = 0, time.process_time()
+    while (passed := time.process_time() - begun) < seconds or not calls:
+        call()
+        calls += 1
+    return calls / passed
+
+
+def summary(bench: str, case: str, rates: list[float], unit: str) -> dict[str, Any]:
+    """One row of the table: the median of the windows, and how far they lie apart."""
+    return {"bench": bench, "case": case, "product": statistics.median(rates), "unit": unit,
+            "min": min(rates), "max": max(rates), "repeats": len(rates)}  # fmt: skip
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table as text."""
+    return (
+        f"{row['case']}: {row['product']:,.0f} {row['unit']} "
+        f"(median of {row['repeats']}, {row['min']:,.0f} to {row['max']:,.0f})"
+    )
+
+
+def checked(cfg: DictConfig) -> None:
+    """Refuse numbers that make no sense before any work."""
+    if cfg.bench not in BENCHES:
+        raise ValueError(f"bench must be one of {', '.join(BENCHES)}, got {cfg.bench!r}")
+    least = {"users": 1, "items": 2, "slate_size": 1, "dim": 1, "max_steps": 1, "repeats": 1,
+             "threads": 1, "seed": 0}  # fmt: skip
+    for key, bound in least.items():
+        value = cfg[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < bound:
+            raise ValueError(f"{key} must be a whole number of at least {bound}, got {value!r}")
+    if not isinstance(cfg.seconds, int | float) or not cfg.seconds > 0:
+        raise ValueError(f"seconds must be above 0, got {cfg.seconds!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""From a log to users: one simulator to train on, others of other households to judge with."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from encoders.items import interactions
+from experiments.prepare import JUDGES, ReplayTrips, Worlds
+from experiments.run_folder import stage
+from simulators.base import Catalog, SimSpec, UserSimulator
+from simulators.fidelity import fidelity, lines
+from simulators.fitted import FittedSimulator, moment
+from simulators.trips import Trips, trips_from_logs
+from sources.cache import cached
+from sources.logs import Logs
+
+SPLIT = (
+    0  # seed of who is trained on and who judges: the same in every run, so that fits are reused
+)
+REPLAYED = 2000  # held-out trips that policies are replayed on
+FITS_AT_ONCE = 2
+
+
+def from_logs(cfg: DictConfig, device: str) -> Worlds:
+    """Read, encode, fit: half of the households train the agent, the other half judge it."""
+    seconds: dict[str, float] = {}
+    torch.set_num_threads(1)  # fits run side by side, each on one thread: the same bits everywhere
+    with stage("read", seconds):
+        print(f"read the log of env={cfg.env_name}", flush=True)
+        logs = with_levels(instantiate(cfg.env.data))
+        print("\n".join([summary(logs), *(f"  {note}" for note in logs.notes)]), flush=True)
+    with stage("encode", seconds):
+        catalog: Catalog = instantiate(cfg.env.catalog, logs, device=device, progress=cfg.progress)
+        print(coverage_line(logs, catalog), flush=True)
+    with stage("fit", seconds):
+        ours, others = logs.split_users(0.5, SPLIT)
+        judges = trips_from_logs(others, catalog.ids, since=catalog.as_of)
+        first = judges[first_trips(judges)]
+        if not len(first):
+            raise ValueError(
+                f"{logs.name}: none of the {len(others.users)} households to judge with comes "
+                f"after the cut at {moment(catalog.as_of):%Y-%m-%d}, having come before: choose "
+                "an earlier cut (env.catalog.cut) or a longer log"
+            )
+        print(f"fit users: {len(ours.users)} households to train on, {len(others.users)} to judge "
+              f"with, {len(first)} of them come after the cut", flush=True)  # fmt: skip
+        specs = {"train": SimSpec(ours, catalog, device, cfg.seed)} | {
+            f"judge {i}": SimSpec(others, catalog, device, JUDGES + i, first.users(), True)
+            for i in range(cfg.evaluators)
+        }
+        made = fit_all(cfg, specs)
+    with stage("check", seconds):
+        checked = check(cfg, logs, catalog)
+        if checked:  # a simulator of another kind has no such figures
+            print("\n".join(lines(checked)), flush=True)
+    rows = np.random.default_rng(SPLIT).permutation(len(judges))
+    rows = rows[np.diff(judges.pointer)[rows] > 0][:REPLAYED]  # trips that bought of the catalogue
+    replayed = judges[np.sort(rows)]
+    replay = ReplayTrips(replayed.users(), torch.from_numpy(replayed.padded())).to(device)
+    train, *test = made.values()
+    counts = interactions(logs.before(moment(catalog.as_of)), catalog.ids)[0]
+    return Worlds(train, test, counts, replay, checked, notes=[], seconds=seconds)
+
+
+def fit_all(cfg: DictConfig, specs: dict[str, SimSpec]) -> dict[str, UserSimulator]:
+    """Fit every simulator, some at once; the order of the result is that of `specs`."""
+    made: dict[str, UserSimulator] = {}
+    with (
+        ThreadPoolExecutor(FITS_AT_ONCE) as pool,
+        tqdm(total=len(specs), desc="fit users", unit="fit", disable=not cfg.progress) as bar,
+    ):
+        waiting = {
+            pool.submit(instantiate, cfg.env.simulator, spec, _convert_="all"): name
+            for name, spec in specs.items()
+        }
+        for done in as_completed(waiting):
+            made[waiting[done]] = done.result()
+            bar.update()
+    return {name: made[name] for name in specs}
+
+
+def check(cfg: DictConfig, logs: Logs, catalog: Catalog) -> dict[str, Any]:
+    """Held-out figures of the same model fitted to all households, on their trips after the cut."""
+    whole = instantiate(cfg.env.simulator, SimSpec(logs, catalog, "cpu", 0), _convert_="all")
+    if not isinstance(whole, FittedSimulator):
+        return {}
+
+    def make() -> dict[str, Any]:
+        past = logs.before(moment(catalog.as_of))
+        trips = trips_from_logs(logs, catalog.ids, since=catalog.as_of)
+        trips = trips[np.isin(trips.user, past.events["user"].unique())]
+        counts = interactions(past, catalog.ids)[0]
+        return fidelity(whole.preference, trips, counts, whole.preference.log_rate)
+
+    key = f"fidelity {logs.fingerprint()} {whole.fit_key}"
+    return cached(key, make, write_figures, read_figures, what="the held-out figures")
+
+
+def write_figures(figures: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(figures))
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads(path.read_text())
+    return figures
+
+
+def with_levels(logs: Logs) -> Logs:
+    """The same log, whose parts know all levels of users' categories: their profiles match."""
+    kinds = {column: "category" for column in logs.roles.user_category}
+    return replace(logs, users=logs.users.astype(kinds))
+
+
+def first_trips(trips: Trips) -> np.ndarray:
+    """Rows of each household's first trip, of those who bought anything before."""
+    known = ~np.isnan(trips.gap)
+    _, first = np.unique(trips.user[known], return_index=True)
+    return np.nonzero(known)[0][first]
+
+
+def summary(logs: Logs) -> str:
+    """One line on the size and span of a log."""
+    time = logs.events["time"]
+    return (
+        f"{logs.name}: {len(logs):,} events of {len(logs.users):,} users with {len(logs.items):,} "
+        f"items, {time.min():%Y-%m-%d} to {time.max():%Y-%m-%d}"
+    )
+
+
+def coverage_line(logs: Logs, catalog: Catalog) -> str:
+    """How much of what is bought after the cut the catalogue leaves out."""
+    after = logs.since(moment(catalog.as_of)).events
+    inside = after["item"].isin(catalog.ids).mean()
+    return (
+        f"catalogue: {len(catalog):,} products chosen before {moment(catalog.as_of):%Y-%m-%d}, "
+        f"vectors of {catalog.vectors.shape[1]} numbers; {1 - inside:.0%} of the lines after it "
+        "are of other products"
+    )

@@ -1,0 +1,165 @@
+"""Make agents and environments from a configuration; judge all policies on the same sessions."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from agents.base import Agent, AgentSpec
+from encoders.state import CONTEXT, EMPTY, Observation, calendar
+from envs.recommend import RecommendVectorEnv
+from evaluation.online import Sessions, play, replay, table
+from experiments.oracle import play_oracle
+from experiments.prepare import ReplayTrips, Worlds
+from simulators.base import UserSimulator, UserTable
+
+SESSIONS_SEED = 20_240_607  # of the sessions that judge: the same ones in every run
+
+
+def agent_spec(cfg: DictConfig, worlds: Worlds, device: str) -> AgentSpec:
+    """What an agent may know before it starts."""
+    catalog, users = worlds.train.catalog, worlds.train.users
+    return AgentSpec(
+        num_items=len(catalog),
+        slate_size=cfg.env.session.slate_size,
+        item_vectors=catalog.vectors,
+        category=catalog.category,
+        popularity=catalog.popularity,
+        interactions=worlds.interactions,
+        profile_size=users.profile.shape[1],
+        past_size=users.past.shape[1],
+        history_size=cfg.env.session.slate_size * cfg.env.session.max_steps,
+        feedback_size=len(worlds.train.behaviours),
+        context_size=CONTEXT,
+        device=device,
+        seed=cfg.seed,
+    )
+
+
+def named_agent(name: str, spec: AgentSpec) -> Agent:
+    """The agent of conf/agent/NAME.yaml, here or in a folder given by --config-dir."""
+    sources = HydraConfig.get().runtime.config_sources
+    folders = [Path(s.path) / "agent" for s in sources if s.schema == "file"]
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file():
+            return instantiate(OmegaConf.load(folder / f"{name}.yaml"), spec)
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    raise ValueError(f"baselines: there is no agent {name!r}; there are: {', '.join(known)}")
+
+
+def make_env(
+    cfg: DictConfig, simulator: UserSimulator, *, num_envs: int, seed: int
+) -> RecommendVectorEnv:
+    """Sessions of `cfg.env.session` with these users."""
+    session = instantiate(cfg.env.session, _convert_="all")
+    return RecommendVectorEnv(
+        simulator, num_envs=num_envs, observation="ids", output="torch", seed=seed, **session
+    )
+
+
+def session_list(users: int, size: int, device: str) -> tuple[Tensor, Tensor]:
+    """A fixed list of (user, episode), (M,) each: all users in random order, then all again."""
+    generator = torch.Generator().manual_seed(SESSIONS_SEED)
+    rounds = [torch.randperm(users, generator=generator) for _ in range(-(-size // users))]
+    episode = torch.arange(size) // users  # (M,)
+    return torch.cat(rounds)[:size].to(device), episode.to(device)
+
+
+def judge(
+    cfg: DictConfig, worlds: Worlds, agents: dict[str, Agent], device: str
+) -> list[dict[str, Any]]:
+    """The table: every policy and the oracle on the same sessions of every judging simulator."""
+    played: dict[str, list[Sessions]] = {name: [] for name in (*agents, "oracle")}
+    households = []
+    todo = len(worlds.test) * len(played)
+    with tqdm(total=todo, desc="evaluate", unit="play", disable=not cfg.progress) as bar:
+        for i, simulator in enumerate(worlds.test):
+            users, episodes = session_list(len(simulator.users), cfg.eval_users, device)
+            env = make_env(cfg, simulator, num_envs=len(users), seed=SESSIONS_SEED)
+            for name, sessions in played.items():
+                if name == "oracle":
+                    sessions.append(play_oracle(env, users, episodes))
+                else:
+                    sessions.append(play(env, agents[name], users, episodes))
+                bar.update()
+            households.append(household_names(simulator.users, users, worlds.test[0].users, i))
+    return table(
+        {name: np.stack([s.reward.cpu().numpy() for s in all_]) for name, all_ in played.items()},
+        np.stack(households),
+        length={name: mean_length(all_) for name, all_ in played.items()},
+        coverage={name: joint_coverage(all_) for name, all_ in played.items()},
+        replay_value={
+            name: replay_value(cfg, agents[name], worlds) if name in agents else None
+            for name in played
+        },
+        baseline="popularity",
+    )
+
+
+def household_names(users: UserTable, rows: Tensor, first: UserTable, simulator: int) -> np.ndarray:
+    """(M,) clusters: shared with the first simulator where the users are the same, else own."""
+    names = users.ids[rows.cpu().numpy()].astype(str)
+    same = len(users) == len(first) and torch.equal(users.profile, first.profile)
+    return names if same else np.char.add(f"{simulator}/", names)
+
+
+def mean_length(played: list[Sessions]) -> float:
+    """Steps a session."""
+    return torch.cat([s.length for s in played]).double().mean().item()
+
+
+def joint_coverage(played: list[Sessions]) -> float:
+    """Share of the catalogue that was shown to anybody."""
+    return (torch.stack([s.shown for s in played]).sum(dim=0) > 0).double().mean().item()
+
+
+def replay_value(cfg: DictConfig, agent: Agent, worlds: Worlds) -> float | None:
+    """Items really bought on a held-out trip among `cfg.replay_items` shown, a mean over trips."""
+    if worlds.replay is None:
+        return None
+    session = cfg.env.session
+    steps = min(-(-cfg.replay_items // session.slate_size), session.max_steps)
+    obs = opening(
+        worlds.replay, session.slate_size * session.max_steps, len(worlds.train.behaviours)
+    )
+    found = replay(agent, obs, worlds.replay.bought, steps=steps, slate_size=session.slate_size)
+    return found.double().mean().item()
+
+
+def opening(trips: ReplayTrips, places: int, behaviours: int) -> Observation:
+    """What is seen as M trips begin: L `places` of empty history."""
+    users, m = trips.users, len(trips.users)
+    device = users.past.device
+    return Observation(
+        profile=users.profile,
+        past=users.past,
+        past_count=users.past_count,
+        past_age=users.past_age,
+        history=torch.full((m, places), EMPTY, device=device),
+        feedback=torch.zeros(m, places, behaviours, device=device),
+        context=calendar(users.start),
+    )
+
+
+def lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The table as aligned text."""
+    head = ["policy", "mean reward", "95 % interval", "to popularity", "95 % interval", "length",
+            "coverage", "replay"]  # fmt: skip
+    cells = [head]
+    for r in rows:
+        replayed = "-" if r["replay_value"] is None else f"{r['replay_value']:.3f}"
+        cells.append([
+            r["policy"], f"{r['mean_reward']:.4f}", f"{r['ci_low']:.4f} to {r['ci_high']:.4f}",
+            f"{r['diff_to_popularity']:+.4f}",
+            f"{r['diff_ci_low']:+.4f} to {r['diff_ci_high']:+.4f}",
+            f"{r['session_length']:.2f}", f"{r['coverage']:.3f}", replayed,
+        ])  # fmt: skip
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    padded = [[c.rjust(w) for c, w in zip(row, widths, strict=True)] for row in cells]
+    return ["  ".join([row[0].strip().ljust(widths[0]), *row[1:]]) for row in padded]

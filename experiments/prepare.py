@@ -1,0 +1,69 @@
+"""From a configuration to users: those an agent trains on, and the others that judge it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch import Tensor
+
+from encoders.state import EMPTY
+from simulators.base import SimSpec, UserSimulator, UserTable
+
+JUDGES = 1_000_000  # seeds of the simulators that judge: the same ones for every training seed
+
+
+@dataclass(frozen=True)
+class ReplayTrips:
+    """M real trips after the cut: who came, knowing what, and what was really bought."""
+
+    users: UserTable  # (M,) rows
+    bought: Tensor  # (M, T) int64, EMPTY-padded
+
+    def to(self, device: str) -> "ReplayTrips":
+        return ReplayTrips(self.users.to(device), self.bought.to(device))
+
+
+@dataclass(frozen=True)
+class Worlds:
+    """All that training and evaluation need of the world."""
+
+    train: UserSimulator
+    test: list[UserSimulator]  # fitted to other households
+    interactions: Any  # scipy CSR (users, N) float32 counts before the cut, or None
+    replay: ReplayTrips | None
+    fidelity: dict[str, Any]  # how like the held-out log the simulated users are
+    notes: list[str]  # lines worth printing
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage, where it has several
+
+
+def prepare(cfg: DictConfig, device: str) -> Worlds:
+    """Make the users of `cfg.env`."""
+    if cfg.env.get("data") is None:
+        return synthetic(cfg, device)
+    from experiments.from_logs import from_logs
+
+    return from_logs(cfg, device)
+
+
+def synthetic(cfg: DictConfig, device: str) -> Worlds:
+    """A world without logs: other seeds are other households of the same shop."""
+    seeds = [cfg.seed, *(JUDGES + i for i in range(cfg.evaluators))]
+    train, *test = [
+        instantiate(cfg.env.simulator, SimSpec(None, None, device=device, seed=seed))
+        for seed in seeds
+    ]
+    notes = [f"{len(train.users)} synthetic users, {len(train.catalog)} items, no log"]
+    counts = counts_of(train.users, len(train.catalog))
+    return Worlds(train, test, counts, replay=None, fidelity={}, notes=notes)
+
+
+def counts_of(users: UserTable, num_items: int) -> Any:
+    """Past purchases as a scipy CSR (U, N) of float32 counts."""
+    from scipy.sparse import csr_matrix
+
+    past, count = users.past.cpu().numpy(), users.past_count.cpu().numpy()  # (U, H) each
+    row, place = np.nonzero(past != EMPTY)
+    cells = (count[row, place].astype(np.float32), (row, past[row, place]))
+    return csr_matrix(cells, shape=(len(users), num_items))

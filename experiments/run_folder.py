@@ -1,0 +1,140 @@
+"""What a run leaves behind: configuration, versions, checkpoints, results; no file half written."""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from agents.base import Agent
+from simulators.base import Catalog
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("torch", "numpy", "pandas", "gymnasium", "hydra-core", "transformers", "recplay")
+OURS = ("config.yaml", "versions.json", "result.json", "tensorboard", "checkpoint", "training",
+        "decisions")  # fmt: skip
+
+
+def open_folder(cfg: DictConfig) -> Path:
+    """Make the run folder, with configuration and versions in it."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    home = ROOT if os.access(ROOT, os.W_OK) else Path.cwd()
+    name = f"{cfg.env_name}/{cfg.agent_name}/seed{cfg.seed}-{stamp}"
+    folder = Path(cfg.run_dir) if cfg.run_dir else home / "runs" / name
+    if (folder / "config.yaml").exists():  # an earlier run: two runs in one folder are neither
+        print(f"{folder} holds an earlier run: replaced")
+        for old in OURS:
+            shutil.rmtree(folder / old) if (folder / old).is_dir() else (folder / old).unlink(True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    write_json(folder / "versions.json", versions())
+    return folder
+
+
+def versions() -> dict[str, str]:
+    """What ran: python, packages and the commit."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return {**found, "commit": commit()}
+
+
+def commit() -> str:
+    """The git commit of the code, with + where files differ from it; "unknown" outside git."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, check=True, text=True
+        )
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def catalog_hash(catalog: Catalog) -> str:
+    """Tell catalogues apart: other items, or the same under other vectors."""
+    digest = hashlib.sha256("\n".join(map(str, catalog.ids)).encode())
+    digest.update(catalog.vectors.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_checkpoint(
+    folder: Path, agent: Agent, catalog: Catalog, cfg: DictConfig, step: int
+) -> None:
+    """Write the agent after `step` env steps over the checkpoint before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"catalog": catalog_hash(catalog), "step": step}
+    partial = folder / "state.partial"
+    torch.save({"agent": agent.state_dict(), **about}, partial)
+    os.replace(partial, folder / "state.pt")
+    write_json(folder / "meta.json", {**about, "config": OmegaConf.to_container(cfg, resolve=True)})
+
+
+def load_checkpoint(folder: Path, agent: Agent, catalog: Catalog) -> int:
+    """Load an agent; the env steps it was trained for."""
+    path = folder / "state.pt"
+    if not path.exists():
+        raise ValueError(f"no checkpoint in {folder}: expected state.pt, as in RUN_DIR/checkpoint")
+    try:
+        saved = torch.load(path, weights_only=True, map_location=catalog.vectors.device)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    ours = catalog_hash(catalog)
+    if saved["catalog"] != ours:
+        raise ValueError(
+            f"the checkpoint {path} is of another catalogue ({saved['catalog']}, this one is "
+            f"{ours}): train on this catalogue, or prepare the one it was trained on"
+        )
+    agent.load_state_dict(saved["agent"])
+    return int(saved["step"])
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write strict JSON: what is no number is null."""
+    write_text(path, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
+
+
+def plain(x: Any) -> Any:
+    """Nested values as JSON knows them."""
+    if isinstance(x, dict):
+        return {str(k): plain(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [plain(v) for v in x]
+    if hasattr(x, "tolist"):  # NumPy and torch
+        return plain(x.tolist())
+    if isinstance(x, float) and not math.isfinite(x):
+        return None
+    return x
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+@contextmanager
+def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Note how long a stage took, even one that was interrupted."""
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = round(time.perf_counter() - begun, 3)

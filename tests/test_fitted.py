@@ -1,0 +1,392 @@
+"""Fitted users keep the contract, every assumption has an off switch, a fit is found again."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from synthetic import after_cut_replaced
+
+import simulators.fitted
+from encoders.state import EMPTY
+from envs import RecommendVectorEnv
+from simulators.base import SimSpec
+from simulators.draws import Draws
+from simulators.fitted import (
+    BASKET,
+    STARTS,
+    FittedSimulator,
+    fill,
+    item_facts,
+    moment,
+    starting_points,
+    usual_gap,
+)
+from simulators.testing import check_simulator
+from simulators.trips import trips_from_logs
+from sources.logs import Logs
+
+QUICK = {"window": 100.0, "epochs": 1, "hidden": 8}
+MANY = torch.arange(400)
+
+
+@pytest.fixture(scope="module")
+def with_knobs(shelf, fitted):
+    """The fitted users under other assumptions."""
+
+    def make(**knobs):
+        return FittedSimulator(shelf, fitted.preference, fitted.habits, fitted.users, **knobs)
+
+    return make
+
+
+def at(rows, step=0, episode=0):
+    same = torch.full_like(rows, 1)
+    return Draws.root(0).at(rows, same * episode, same * step)
+
+
+def answer(sim, slate, rows=MANY, step=0):
+    draws = at(rows, step)
+    return sim.respond(sim.start(rows, draws), slate, draws)
+
+
+def best(sim, rows=MANY, k=5):
+    return sim.relevance(sim.start(rows, at(rows))).topk(k, dim=1).indices
+
+
+def same_tensors(one, other):
+    return all(torch.equal(one[k], other[k]) for k in one) and one.keys() == other.keys()
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"trips": 3},
+        {"trips": 2, "drift": 0.1, "exposure": 0.5, "position": 0.2, "satiation": 0.7},
+        {"choice": "independent", "patience": 0.0},
+        {"choice": "cascade", "trips": 3},
+    ],
+    ids=str,
+)
+def test_fitted_users_keep_the_contract(with_knobs, knobs):
+    assert check_simulator(with_knobs(**knobs), seed=1) == []
+
+
+def test_an_item_shown_alone_is_bought_as_often_as_its_relevance_says(fitted):
+    rows = torch.arange(4000) % len(fitted.users)
+    draws = Draws.root(5).at(rows, torch.arange(4000), torch.zeros_like(rows))
+    state = fitted.start(rows, draws)
+    for place in (0, 4, 20):
+        promised, item = fitted.relevance(state).sort(dim=1, descending=True)
+        promised, item = promised[:, place].double(), item[:, place : place + 1]
+        response, _ = fitted.respond(state, item, draws)
+        error = float((promised * (1 - promised)).sum().sqrt())
+        assert abs(float(response.chosen["buy"].sum() - promised.sum())) < 4 * error
+        assert torch.equal(response.chosen["buy"], response.organic)  # no effect of being shown
+
+
+def test_what_is_bought_is_paid_at_the_price_of_the_catalogue(fitted, shelf):
+    slate = best(fitted)
+    response, _ = answer(fitted, slate)
+    bought = response.chosen["buy"]
+    assert bought.any()
+    assert torch.equal(response.value, torch.where(bought, shelf.price[slate], 0.0))
+    assert bought.sum(dim=1).max() == 1  # a logit chooses at most one
+
+
+def test_a_product_without_a_price_is_worth_nothing_and_never_nan(shelf, fitted):
+    bare = replace(shelf, price=torch.full_like(shelf.price, torch.nan))
+    sim = FittedSimulator(bare, fitted.preference, fitted.habits, fitted.users)
+    response, _ = answer(sim, best(sim))
+    assert response.chosen["buy"].any()
+    assert response.value.eq(0).all()
+
+
+def test_who_is_patient_leaves_only_after_a_purchase_and_who_is_not_leaves_at_once(with_knobs):
+    rare = with_knobs().relevance(with_knobs().start(MANY, at(MANY))).argsort(dim=1)[:, :2]
+    for patience in (0.0, 1.0):
+        response, _ = answer(with_knobs(patience=patience), rare)
+        bought = response.chosen["buy"].any(dim=1)
+        assert (~bought).sum() > 100
+        assert response.left[~bought].all() == (patience == 1.0)
+        assert response.left[~bought].any() == (patience == 1.0)
+
+
+def test_exposure_raises_purchases_and_not_what_would_be_bought_anyway(with_knobs):
+    slate = best(with_knobs())
+    plain, shown = (answer(with_knobs(exposure=e), slate)[0] for e in (0.0, 1.0))
+    assert shown.chosen["buy"].sum() > 1.2 * plain.chosen["buy"].sum()
+    assert torch.equal(shown.organic, plain.organic)
+    one, other = (with_knobs(exposure=e) for e in (0.0, 1.0))
+    before, after = (s.relevance(s.start(MANY, at(MANY))) for s in (one, other))
+    torch.testing.assert_close(after.logit(), before.logit() + 1.0, rtol=1e-3, atol=1e-3)
+
+
+def test_position_lowers_the_later_slots_and_never_the_first(with_knobs):
+    slate = best(with_knobs()).flip(1)  # the best is last
+    knobs = {"choice": "independent"}
+    plain, fading = (answer(with_knobs(position=p, **knobs), slate)[0] for p in (0.0, 1.5))
+    lost = plain.chosen["buy"].sum(dim=0) - fading.chosen["buy"].sum(dim=0)  # (K,)
+    assert lost[0] == 0
+    assert (lost[1:] > 0).all()
+
+
+def after_purchase(sim):
+    """State before and after each household was shown its best, and who bought what."""
+    state = sim.start(MANY, at(MANY))
+    slate = best(sim, k=1)
+    response, after = sim.respond(state, slate, at(MANY))
+    return state, after, response.chosen["buy"][:, 0], slate[:, 0]
+
+
+@pytest.mark.parametrize("strength", [0.0, 2.0, -1.0])
+def test_a_purchase_changes_the_wish_for_its_category_only_and_by_satiation(with_knobs, strength):
+    sim = with_knobs(satiation=strength, patience=0.0)
+    state, after, bought, item = after_purchase(sim)
+    assert bought.sum() > 50
+    same = sim.catalog.category == sim.catalog.category[item][:, None]  # (B, N)
+    change = (sim.relevance(after).logit() - sim.relevance(state).logit())[bought]
+    expected = -strength * same[bought].float()
+    torch.testing.assert_close(change, expected, rtol=1e-3, atol=2e-3)
+
+
+def test_drift_turns_the_recent_taste_of_who_bought_only(with_knobs):
+    for drift in (0.0, 1.0):
+        state, after, bought, _ = after_purchase(with_knobs(drift=drift))
+        moved = (after["recent"] != state["recent"]).any(dim=1)
+        assert torch.equal(moved, bought & (drift > 0))
+
+
+def test_between_trips_the_basket_becomes_past_and_days_go_by(with_knobs):
+    sim = with_knobs(trips=2, patience=1.0)  # a trip ends with the first useless slate at latest
+    state, after, bought, item = after_purchase(sim)
+    response, _ = sim.respond(state, item[:, None], at(MANY))
+    back = response.elapsed > 0
+    assert back.any()
+    assert not response.left.any()
+    torch.testing.assert_close(after["time"], state["time"] + response.elapsed.double())
+    assert torch.equal(after["trip"], back.long())
+    known = after["past"] == item[:, None]  # (B, H)
+    rows = back & bought
+    was = torch.where(state["past"] == item[:, None], state["count"], 0.0).sum(dim=1)
+    now = torch.where(known, after["count"], 0.0).sum(dim=1)
+    ago = torch.where(known, after["age"], 0.0).sum(dim=1)
+    assert torch.equal(now[rows], was[rows] + 1)
+    torch.testing.assert_close(ago[rows], response.elapsed[rows])
+    assert after["purchases"][rows].eq(0).all()
+    assert after["basket"][rows].eq(EMPTY).all()
+    left, _ = sim.respond(after, item[:, None], at(MANY, step=1))
+    assert left.left[back].any()  # the second trip is the last
+
+
+def test_fill_puts_purchases_behind_each_other_and_drops_what_does_not_fit():
+    basket = torch.tensor([[7, EMPTY, EMPTY], [7, 8, 9]])
+    slate = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    chosen = torch.tensor([[True, False, True], [False, True, False]])
+    full, count = fill(basket, torch.tensor([1, 3]), slate, chosen)
+    assert full.tolist() == [[7, 1, 3], [7, 8, 9]]
+    assert count.tolist() == [3, 4]
+
+
+def test_a_household_with_a_full_basket_goes_home(with_knobs):
+    sim = with_knobs(choice="independent", exposure=50.0, patience=0.0)
+    sim.habits = replace(sim.habits, stop=torch.full_like(sim.habits.stop, -50.0))
+    rows, slates = MANY[:20], torch.arange(60).expand(20, 60)
+    first, state = sim.respond(sim.start(rows, at(rows)), slates[:, : BASKET - 1], at(rows))
+    assert not first.left.any()
+    assert sim.respond(state, slates[:, BASKET:], at(rows, 1))[0].left.all()
+
+
+def test_no_hidden_state_is_observed(fitted, shelf):
+    """Users with other wishes and habits but the same past look the same until they answer."""
+    wishes, _ = simulators.fitted.restore(simulators.fitted.store(fitted.preference, fitted.habits))
+    wishes.bias += 3.0
+    habits = replace(fitted.habits, satiation=5.0)
+    seen = []
+    for model, knobs in ((fitted.preference, fitted.habits), (wishes, habits)):
+        sim = FittedSimulator(shelf, model, knobs, fitted.users, patience=0.0)
+        env = RecommendVectorEnv(sim, num_envs=50, observation="ids", output="torch")
+        first, _ = env.reset(seed=0)
+        seen.append((first, env.step(torch.full((50, 1), EMPTY))[0]))
+        for name in ("profile", "past", "past_count", "past_age"):  # all of it is in the log
+            assert torch.equal(getattr(first, name), getattr(fitted.users, name)[env.user])
+    for one, other in zip(*seen, strict=True):
+        for f in fields(one):
+            assert torch.equal(getattr(one, f.name), getattr(other, f.name)), f.name
+
+
+def test_what_is_saved_answers_the_same_when_loaded(fitted, shelf, tmp_path):
+    fitted.save(tmp_path / "users")
+    loaded = FittedSimulator.load(tmp_path / "users", shelf)
+    slate = best(fitted)
+    (one, state), (other, after) = answer(fitted, slate), answer(loaded, slate)
+    assert torch.equal(one.chosen["buy"], other.chosen["buy"])
+    assert torch.equal(one.left, other.left)
+    assert same_tensors(state, after)
+    assert np.array_equal(loaded.users.ids, fitted.users.ids)
+    assert loaded.users.ids.dtype == fitted.users.ids.dtype
+    assert loaded.satiation == fitted.satiation
+
+
+def test_another_catalogue_is_refused_on_loading(fitted, shelf, tmp_path):
+    fitted.save(tmp_path / "users")
+    other = replace(shelf, vectors=shelf.vectors.flip(0))
+    with pytest.raises(ValueError, match="fitted on another catalogue than the 60 items given"):
+        FittedSimulator.load(tmp_path / "users", other)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"patience": 1.5}, r"patience must be a probability in \[0, 1\], got 1.5"),
+        ({"patience": float("nan")}, "patience must be"),
+        ({"trips": 0}, "trips must be at least 1, got 0"),
+        ({"choice": "softmax"}, "choice must be logit, independent or cascade, got 'softmax'"),
+    ],
+)
+def test_wrong_knobs_are_refused(with_knobs, knobs, message):
+    with pytest.raises(ValueError, match=message):
+        with_knobs(**knobs)
+
+
+def test_users_of_another_log_and_models_of_another_catalogue_are_refused(shelf, fitted):
+    parts = fitted.preference, fitted.habits
+    wide = replace(fitted.users, profile=torch.zeros(len(fitted.users), 99))
+    with pytest.raises(ValueError, match=r"profiles of .* numbers"):
+        FittedSimulator(shelf, *parts, wide)
+    short = replace(shelf, ids=shelf.ids[:5])
+    with pytest.raises(ValueError, match="prices 60 items, the catalogue has 5"):
+        FittedSimulator(short, *parts, fitted.users)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"window": 0.0}, {"window": float("nan")}, {"epochs": 0}, {"hidden": 0}]
+)
+def test_a_fit_of_nothing_is_refused(shop, shelf, wrong):
+    with pytest.raises(ValueError, match="window must be above 0"):
+        FittedSimulator.fit(SimSpec(shop, shelf), **wrong)
+
+
+def test_a_fit_needs_a_log(shelf):
+    with pytest.raises(ValueError, match="needs logs and a catalogue"):
+        FittedSimulator.fit(SimSpec(None, shelf))
+
+
+def test_too_short_a_log_says_how_much_is_needed(shop, shelf):
+    ten = replace(shop, events=shop.events.iloc[:10].reset_index(drop=True))
+    with pytest.raises(ValueError, match=r"too few to fit users to \(100 of each.*longer log"):
+        FittedSimulator.fit(SimSpec(ten, shelf))
+    with pytest.raises(ValueError, match=r"before the window of 9000 days.*smaller window"):
+        FittedSimulator.fit(SimSpec(shop, shelf), **QUICK | {"window": 9000.0})
+
+
+def test_users_with_one_event_are_served_with_an_empty_past(shop, shelf):
+    early = shop.events["time"].iloc[-1] - pd.Timedelta(days=75)
+    once = shop.events["user"].isin(range(20))
+    last = shop.events[once & (shop.events["time"] < early)].drop_duplicates("user", keep="last")
+    events = pd.concat([shop.events[~once], last])
+    logs = Logs.create(events, shop.items, shop.users, roles=shop.roles)
+    sim = FittedSimulator.fit(SimSpec(logs, shelf), **QUICK)
+    newcomers = torch.from_numpy(np.isin(sim.users.ids, range(20)))
+    assert newcomers.any()
+    assert sim.users.past[newcomers].eq(EMPTY).all()
+    state = sim.start(newcomers.nonzero()[:, 0], at(newcomers.nonzero()[:, 0]))
+    assert sim.relevance(state).isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def quick(shop, shelf):
+    return FittedSimulator.fit(SimSpec(shop, shelf), **QUICK)
+
+
+def test_a_fit_is_found_again_whatever_the_knobs(shop, shelf, quick, monkeypatch):
+    monkeypatch.setattr(simulators.fitted, "fit_model", None)  # would fail if it were asked
+    again = FittedSimulator.fit(SimSpec(shop, shelf), **QUICK, patience=0.3)
+    assert same_tensors(again.preference.state_dict(), quick.preference.state_dict())
+    assert again.fit_key == quick.fit_key
+    for other in ({"epochs": 3}, {"window": 90.0}):
+        with pytest.raises(TypeError):
+            FittedSimulator.fit(SimSpec(shop, shelf), **QUICK | other)
+
+
+def test_a_broken_fit_is_made_again_with_a_line(shop, shelf, quick, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("RECPLAY_CACHE", str(tmp_path))
+    FittedSimulator.fit(SimSpec(shop, shelf), **QUICK)
+    (entry,) = tmp_path.glob("fit*")
+    entry.write_bytes(entry.read_bytes()[:1000])
+    again = FittedSimulator.fit(SimSpec(shop, shelf), **QUICK)
+    assert same_tensors(again.preference.state_dict(), quick.preference.state_dict())
+    assert "cache of the fitted users is not readable" in capsys.readouterr().err
+
+
+def test_a_bootstrap_sample_with_another_seed_is_another_model(shop, shelf, quick):
+    samples = [
+        FittedSimulator.fit(SimSpec(shop, shelf, seed=s, bootstrap=True), **QUICK) for s in (7, 8)
+    ]
+    rates = [s.preference.log_rate for s in (quick, *samples)]
+    assert not torch.equal(rates[0], rates[1])
+    assert not torch.equal(rates[1], rates[2])
+    sold = [float(rate.exp().sum()) for rate in rates]
+    assert sold[1:] == pytest.approx(sold[:1] * 2, rel=0.1)  # of the same shop
+
+
+def test_shuffling_everything_after_the_cut_changes_no_bit_of_the_fit(
+    shop, shelf, quick, monkeypatch
+):
+    shuffled = after_cut_replaced(shop, moment(shelf.as_of))
+    assert not shuffled.events.equals(shop.events)
+    monkeypatch.setattr(simulators.fitted, "cached", lambda key, make, *_, **__: make())
+    again = FittedSimulator.fit(SimSpec(shuffled, shelf), **QUICK)
+    assert same_tensors(again.preference.state_dict(), quick.preference.state_dict())
+    assert torch.equal(again.habits.stop, quick.habits.stop)
+    assert again.habits.satiation == quick.habits.satiation
+    for f in fields(again.users):
+        a, b = getattr(again.users, f.name), getattr(quick.users, f.name)
+        assert np.array_equal(a, b), f.name
+
+
+def test_users_asked_for_are_the_users_served(shop, shelf, quick):
+    some = trips_from_logs(shop, shelf.ids, since=shelf.as_of)[np.arange(9)].users()
+    sim = FittedSimulator.fit(SimSpec(shop, shelf, users=some), **QUICK)
+    assert sim.users.ids.tolist() == some.ids.tolist()
+    assert sim.users.start.min() >= shelf.as_of > quick.users.start.max()
+
+
+def test_each_household_starts_from_a_few_of_its_trips(shop, shelf):
+    past = shop.before(moment(shelf.as_of))
+    trips = trips_from_logs(past, shelf.ids)
+    rows = starting_points(trips, np.random.default_rng(0))
+    _, trips_of = np.unique(trips.user, return_counts=True)
+    _, starts = np.unique(trips.user[rows], return_counts=True)
+    assert np.array_equal(starts, np.minimum(trips_of, STARTS))
+    assert len(set(rows)) == len(rows)
+    assert not np.array_equal(rows, starting_points(trips, np.random.default_rng(1)))
+
+
+def test_the_usual_gap_is_the_median_of_days_between_purchases_by_hand():
+    day = pd.to_timedelta([0, 4, 14, 0, 6], unit="D")
+    events = pd.DataFrame(
+        {
+            "user": [1, 1, 1, 2, 2],
+            "item": ["tea", "tea", "tea", "tea", "salt"],
+            "time": pd.Timestamp("2024-01-01") + day,
+            "behaviour": "buy",
+            "value": 1.0,
+        }
+    )
+    gap = usual_gap(Logs.create(events), np.array(["salt", "tea"])).exp()
+    assert gap.tolist() == pytest.approx([7.0, 7.0])  # salt was never bought twice: as the others
+
+
+def test_facts_weigh_households(shop, shelf):
+    """Households with weight 2 count as two, with weight 0 as none."""
+    past = shop.before(moment(shelf.as_of))
+    half = [u for u in past.users["user"] if u % 2]
+    weight = pd.Series(0, index=past.users["user"])
+    weight[half] = 1
+    rate = torch.zeros(60)
+    one = item_facts(past, shelf, rate, weight)
+    other = item_facts(past.only_users(half), shelf, rate, None)
+    torch.testing.assert_close(one.source @ one.target.T, other.source @ other.target.T)
