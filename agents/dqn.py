@@ -51,7 +51,12 @@ def catalog_signature(vectors: Tensor) -> Tensor:
 
 
 class DQN:
-    """Double, dueling, n-step Q-learning with a replay of ids; acts epsilon-greedily per slot."""
+    """Double, dueling, n-step Q-learning with a replay of ids; acts epsilon-greedily per slot.
+
+    The target net is the running mean of the net (Polyak and Juditsky, 1992), `tau` of the way at
+    every update. It is also what serves users: among thousands of items the highest value of a net
+    that still jitters is one that jittered upwards.
+    """
 
     def __init__(
         self,
@@ -65,7 +70,7 @@ class DQN:
         batch_size: int = 256,
         capacity: int = 100_000,
         replay_ratio: float = 1.0,
-        target_every: int = 50,
+        tau: float = 0.005,
         n_step: int = 1,
         double: bool = True,
         dueling: bool = True,
@@ -83,15 +88,17 @@ class DQN:
             "epsilon_steps": epsilon_steps,
             "batch_size": batch_size,
             "replay_ratio": replay_ratio,
-            "target_every": target_every,
+            "tau": tau,
             "grad_clip": grad_clip,
         }
         for name, number in positive.items():
             if not number > 0:
                 raise ValueError(f"{name} must be above 0, got {number}")
+        if tau > 1:
+            raise ValueError(f"tau must be in (0, 1], got {tau}: the share of the net in its mean")
         self.spec, self.gamma, self.batch_size = spec, gamma, batch_size
         self.epsilons = (epsilon_start, epsilon_end, epsilon_steps)
-        self.replay_ratio, self.target_every, self.double = replay_ratio, target_every, double
+        self.replay_ratio, self.tau, self.double = replay_ratio, tau, double
         self.learning_starts, self.grad_clip = learning_starts, grad_clip
         self.net = QNet(spec, head=head, width=width, dueling=dueling, memory=memory)
         self.target = copy.deepcopy(self.net).requires_grad_(False)
@@ -110,7 +117,7 @@ class DQN:
     @torch.no_grad()
     def scores(self, obs: Observation) -> Tensor:
         """Value (B, N) of showing each item now."""
-        return self.net(obs)
+        return self.target(obs)
 
     def act(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Decision:
         epsilon = self.epsilon if explore else 0.0
@@ -170,8 +177,10 @@ class DQN:
         self.optimizer.step()
 
         self.updates += 1
-        if self.updates % self.target_every == 0:
-            self.target.load_state_dict(self.net.state_dict())
+        with torch.no_grad():
+            pairs = zip(self.target.parameters(), self.net.parameters(), strict=True)
+            for slow, fast in pairs:
+                slow.lerp_(fast, self.tau)
         if self.updates % CHECK_EVERY == 0 and not loss.isfinite():
             raise ValueError(
                 f"the loss is {float(loss.detach())} at update {self.updates}: "

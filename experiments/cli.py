@@ -127,15 +127,17 @@ def usage(script: str, doc: str, folders: list[Path], groups: dict[str, str]) ->
         if line[:1].strip():  # a new key: what is Hydra's own business is left out
             inside = not line.startswith(("defaults:", "hydra:")) and "${hydra:" not in line
         body += [f"  {line}"] if inside and line.strip() else []
-    lines = [doc.strip(), "", f"usage: python experiments/{script}.py [key=value ...]", ""]
+    lines = [doc.strip(), "", f"usage: python experiments/{script}.py [key=value ...]"]
+    lines += [""] * bool(groups)
     lines += [f"  {g}={' | '.join(options(folders, g))}   (default {name})"
               for g, name in groups.items()]  # fmt: skip
     lines += ["", "keys and their defaults:", *body]
-    lines += [
-        "",
-        f"keys of an option: {', '.join(f'{g}.KEY=value' for g in groups)}",
-        "options of your own: --config-dir FOLDER with env/ or agent/ inside",
-    ]
+    if groups:
+        lines += [
+            "",
+            f"keys of an option: {', '.join(f'{g}.KEY=value' for g in groups)}",
+            "options of your own: --config-dir FOLDER with env/ or agent/ inside",
+        ]
     return "\n".join(lines)
 
 

@@ -100,7 +100,7 @@ def check(cfg: DictConfig, logs: Logs, catalog: Catalog) -> dict[str, Any]:
         counts = interactions(past, catalog.ids)[0]
         return fidelity(whole.preference, trips, counts, whole.preference.log_rate)
 
-    key = f"fidelity {logs.fingerprint()} {whole.fit_key}"
+    key = f"fidelity 2 {logs.fingerprint()} {whole.fit_key}"
     return cached(key, make, write_figures, read_figures, what="the held-out figures")
 
 

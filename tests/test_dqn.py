@@ -70,7 +70,7 @@ def toy_dqn(spec, **knobs):
         "epsilon_end": 1.0,
         "batch_size": 64,
         "capacity": 6400,
-        "target_every": 20,
+        "tau": 0.05,
         "learning_starts": 64,
         "width": 32,
         "memory": False,
@@ -97,7 +97,7 @@ RIGHT = [0.6561, 0.729, 0.81, 0.9, 1.0]
 
 @pytest.mark.parametrize("form", [{}, {"head": "dense", "double": False, "dueling": False}])
 def test_the_corridor_has_its_known_values(form):
-    agent = toy_dqn(toy_spec(), replay_ratio=4.0, lr=1e-2, target_every=10, width=64, **form)
+    agent = toy_dqn(toy_spec(), replay_ratio=4.0, lr=1e-2, tau=0.1, width=64, **form)
     walk(agent, 60)
     agent.optimizer.param_groups[0]["lr"] /= 10  # the last steps average the noise out
     walk(agent, 60)
@@ -116,7 +116,7 @@ def test_n_step_returns_reach_the_same_values_on_their_own_policy():
 
 
 def test_a_step_limit_does_not_stop_bootstrapping():
-    agent = toy_dqn(toy_spec(), target_every=8, lr=1e-2, replay_ratio=4.0)
+    agent = toy_dqn(toy_spec(), tau=0.1, lr=1e-2, replay_ratio=4.0)
     state, b = torch.zeros(64, dtype=torch.int64), 64
     clock = torch.arange(b) % 10
     for _ in range(100):
@@ -312,16 +312,28 @@ def test_a_state_without_replay_starts_with_an_empty_one():
     trained(agent, 5)
 
 
-def test_the_target_net_follows_every_so_many_updates():
+def test_the_target_net_is_the_running_mean_of_the_net():
     spec = synthetic_spec()
-    agent = DQN(spec, **QUICK | {"target_every": 4})
+    agent = DQN(spec, **QUICK | {"tau": 0.25})
+    mean = [p.clone() for p in agent.net.parameters()]
+    seen = 0
+    for _ in range(4):
+        trained(agent, 1)
+        if agent.updates > seen:
+            seen = agent.updates
+            mean = [m.lerp(p, 0.25) for m, p in zip(mean, agent.net.parameters(), strict=True)]
+    assert seen == 3
+    for slow, expected in zip(agent.target.parameters(), mean, strict=True):
+        assert torch.allclose(slow, expected)
+
+
+def test_users_are_served_by_the_running_mean():
+    spec = synthetic_spec()
+    agent = DQN(spec, **QUICK)
+    trained(agent, 4)
     obs = synthetic_observation(spec, 4, torch.Generator().manual_seed(9))
-    start = agent.scores(obs)
-    trained(agent, 4)  # learning from the second step on: three updates
-    assert agent.updates == 3
-    assert torch.equal(agent.target(obs), start)
-    trained(agent, 1)
-    assert torch.equal(agent.target(obs), agent.scores(obs))
+    assert torch.equal(agent.scores(obs), agent.target(obs))
+    assert not torch.equal(agent.scores(obs), agent.net(obs))
 
 
 def test_a_checkpoint_of_another_catalogue_is_refused():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agents.nets import QNet, item_features
+from agents.nets import LEFT, QNet, item_features
 from agents.testing import synthetic_observation, synthetic_spec
 from encoders.state import EMPTY
 
@@ -52,7 +52,10 @@ def test_a_batch_equals_singles(form):
 @pytest.mark.parametrize("head", ["dot", "dense"])
 def test_with_dueling_the_mean_value_is_the_value_of_the_state(head):
     net, obs = shaken({"head": head}), observe()
-    value = net.value(net.body(net.state(obs)))
+    seen = net.read(obs)
+    hidden = net.body(seen.state)
+    left = net.extra(hidden, seen).masked_fill(seen.shown, 0.0).topk(LEFT, dim=1).values
+    value = net.value(hidden) + net.left(left)
     assert torch.allclose(net(obs).mean(dim=1, keepdim=True), value, atol=1e-3)
 
 

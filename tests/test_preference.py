@@ -9,8 +9,9 @@ from scipy.sparse import csr_matrix
 from synthetic import after_cut_replaced, favourites
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+import simulators.fitted
 from encoders.state import EMPTY
-from simulators.fitted import item_facts, moment
+from simulators.fitted import fit_model, item_facts, moment
 from simulators.preference import (
     ItemFacts,
     Preference,
@@ -219,3 +220,17 @@ def test_facts_of_items_come_from_before_the_window(shop, shelf, fitted):
     one, other = (item_facts(x.before(since), shelf, rate, None) for x in (shop, shuffled))
     for name in vars(one):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_item_weights_to_learn_with_come_from_before_the_window(shop, shelf, monkeypatch):
+    """The worth of item-to-item weights is learnt on trips that those weights have not seen."""
+    latest = []
+
+    def noted(logs, *rest):
+        latest.append(logs.events["time"].max())
+        return item_facts(logs, *rest)
+
+    monkeypatch.setattr(simulators.fitted, "item_facts", noted)
+    fit_model(shop.before(moment(shelf.as_of)), shelf, 100.0, 1, 8, 0, False)
+    to_learn, to_serve = latest
+    assert to_learn < moment(shelf.as_of - 100.0) < to_serve < moment(shelf.as_of)

@@ -191,3 +191,9 @@ def test_refunds_beyond_the_spend_leave_numbers_and_other_households_alone():
     rows = [(7, "milk", 0.0, "a", -50.0), (7, "eggs", 2.0, "b", 1.0), *SIX[2:]]
     trips = trips_from_logs(log(rows), IDS)
     assert np.isfinite(trips.profile).all()
+
+
+def test_a_fortune_spent_by_one_household_does_not_round_what_another_spent():
+    rows = [(1, "milk", 9.0, "z", 1e17), (2, "milk", 0.0, "a", 3.0), (2, "eggs", 2.0, "b", 1.0)]
+    last = trips_from_logs(log(rows), IDS).profile[-1]
+    assert last[3] == pytest.approx(np.log(4 / 2))
