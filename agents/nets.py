@@ -166,7 +166,8 @@ class QNet(nn.Module):
         mean = mean + extra.sum(dim=1, keepdim=True) / (len(self.items) - 1)
         value = self.value(hidden)
         if self.memory:
-            left = extra.detach().masked_fill(shown, 0.0)  # (B, H)
+            # tenths: V(s) moves by much more than one item's value, and must not learn that slowly
+            left = 10.0 * extra.detach().masked_fill(shown, 0.0)  # (B, H)
             value = value + self.left(left.topk(min(LEFT, left.shape[1]), dim=1).values)
         return value - mean
 

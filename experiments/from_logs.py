@@ -52,13 +52,15 @@ def from_logs(cfg: DictConfig, device: str) -> Worlds:
             )
         print(f"fit users: {len(ours.users)} households to train on, {len(others.users)} to judge "
               f"with, {len(first)} of them come after the cut", flush=True)  # fmt: skip
-        specs = {"train": SimSpec(ours, catalog, device, cfg.seed)} | {
+        specs = {"check": SimSpec(logs, catalog, "cpu", 0)}  # the dearest fit starts first
+        specs |= {"train": SimSpec(ours, catalog, device, cfg.seed)} | {
             f"judge {i}": SimSpec(others, catalog, device, JUDGES + i, first.users(), True)
             for i in range(cfg.evaluators)
         }
         made = fit_all(cfg, specs)
+        whole = made.pop("check")
     with stage("check", seconds):
-        checked = check(cfg, logs, catalog)
+        checked = check(whole, logs, catalog)
         if checked:  # a simulator of another kind has no such figures
             print("\n".join(lines(checked)), flush=True)
     rows = np.random.default_rng(SPLIT).permutation(len(judges))
@@ -87,9 +89,8 @@ def fit_all(cfg: DictConfig, specs: dict[str, SimSpec]) -> dict[str, UserSimulat
     return {name: made[name] for name in specs}
 
 
-def check(cfg: DictConfig, logs: Logs, catalog: Catalog) -> dict[str, Any]:
+def check(whole: UserSimulator, logs: Logs, catalog: Catalog) -> dict[str, Any]:
     """Held-out figures of the same model fitted to all households, on their trips after the cut."""
-    whole = instantiate(cfg.env.simulator, SimSpec(logs, catalog, "cpu", 0), _convert_="all")
     if not isinstance(whole, FittedSimulator):
         return {}
 

@@ -1,5 +1,7 @@
 """Make agents and environments from a configuration; judge all policies on the same sessions."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from experiments.oracle import play_oracle
 from experiments.prepare import ReplayTrips, Worlds
 from simulators.base import UserSimulator, UserTable
 
+PLAYED_AT_ONCE = 2  # simulators, each on one thread: the same bits however many
 SESSIONS_SEED = 20_240_607  # of the sessions that judge: the same ones in every run
 
 
@@ -75,20 +78,32 @@ def judge(
     cfg: DictConfig, worlds: Worlds, agents: dict[str, Agent], device: str
 ) -> list[dict[str, Any]]:
     """The table: every policy and the oracle on the same sessions of every judging simulator."""
-    played: dict[str, list[Sessions]] = {name: [] for name in (*agents, "oracle")}
-    households = []
-    todo = len(worlds.test) * len(played)
-    with tqdm(total=todo, desc="evaluate", unit="play", disable=not cfg.progress) as bar:
-        for i, simulator in enumerate(worlds.test):
+    names = [*agents, "oracle"]
+    todo = len(worlds.test) * len(names)
+    with (
+        tqdm(total=todo, desc="evaluate", unit="play", disable=not cfg.progress) as bar,
+        ThreadPoolExecutor(PLAYED_AT_ONCE) as pool,
+    ):
+
+        def play_all(simulator: UserSimulator) -> list[Sessions]:
+            torch.set_num_threads(1)
             users, episodes = session_list(len(simulator.users), cfg.eval_users, device)
             env = make_env(cfg, simulator, num_envs=len(users), seed=SESSIONS_SEED)
-            for name, sessions in played.items():
+            done = []
+            for name in names:
                 if name == "oracle":
-                    sessions.append(play_oracle(env, users, episodes))
-                else:
-                    sessions.append(play(env, agents[name], users, episodes))
+                    done.append(play_oracle(env, users, episodes))
+                else:  # each simulator meets the same agent, with the same generator
+                    done.append(play(env, copy.deepcopy(agents[name]), users, episodes))
                 bar.update()
-            households.append(household_names(simulator.users, users, worlds.test[0].users, i))
+            return done
+
+        by_simulator = list(pool.map(play_all, worlds.test))
+    played = {name: [row[i] for row in by_simulator] for i, name in enumerate(names)}
+    households = []
+    for i, simulator in enumerate(worlds.test):
+        users, _ = session_list(len(simulator.users), cfg.eval_users, device)
+        households.append(household_names(simulator.users, users, worlds.test[0].users, i))
     return table(
         {name: np.stack([s.reward.cpu().numpy() for s in all_]) for name, all_ in played.items()},
         np.stack(households),

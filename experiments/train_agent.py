@@ -47,6 +47,7 @@ from experiments.run_folder import (
 from simulators.base import UserSimulator
 
 DEFAULT_STEPS = 100_000
+REGRET_USERS = 64  # of a point of rollout/regret_mean: pricing the whole catalogue is dear
 CURVE_SESSIONS = 200  # of a point of eval/mean_reward
 
 
@@ -121,7 +122,9 @@ def train(
             curves.add(transition, learnt)
             bar.update(min(env.num_envs, steps - bar.n))
             if curves.due or curves.step >= steps:
-                recent = curves.write(regret(simulator.relevance(truth), mask, decision.slate))
+                few = {name: x[:REGRET_USERS] for name, x in truth.items()}
+                shown = decision.slate[:REGRET_USERS]
+                recent = curves.write(regret(simulator.relevance(few), mask[:REGRET_USERS], shown))
                 bar.set_postfix(reward=recent)
             if crossed(curves.step, env.num_envs, cfg.eval_every):
                 curves.points(evaluate(agent))

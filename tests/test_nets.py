@@ -54,7 +54,7 @@ def test_with_dueling_the_mean_value_is_the_value_of_the_state(head):
     net, obs = shaken({"head": head}), observe()
     seen = net.read(obs)
     hidden = net.body(seen.state)
-    left = net.extra(hidden, seen).masked_fill(seen.shown, 0.0).topk(LEFT, dim=1).values
+    left = 10.0 * net.extra(hidden, seen).masked_fill(seen.shown, 0.0).topk(LEFT, dim=1).values
     value = net.value(hidden) + net.left(left)
     assert torch.allclose(net(obs).mean(dim=1, keepdim=True), value, atol=1e-3)
 
