@@ -61,7 +61,7 @@ class QNet(nn.Module):
     """Observation to values (B, N)."""
 
     items: Tensor  # (N + 1, R + 1): main axes and log popularity, a row of zeros for EMPTY
-    popularity: Tensor  # (N + 1,)
+    fame: Tensor  # (N + 1, 2): log popularity, and popularity itself
 
     def __init__(
         self,
@@ -82,6 +82,8 @@ class QNet(nn.Module):
         log = (spec.popularity.cpu() + 1e-4).log()  # (N,)
         log = (log - log.mean()) / log.std(correction=0).clamp(min=1e-6)
         table = F.pad(torch.cat([main, log[:, None]], dim=1), (0, 0, 0, 1))  # (N + 1, R + 1)
+        share = spec.popularity.cpu().float() * 10.0  # near unit size for what sells well
+        self.register_buffer("fame", F.pad(torch.stack([log, share], dim=1), (0, 0, 0, 1)))
         self.register_buffer("items", table)  # saved: axes may differ in sign on another machine
         self.head, self.dueling, self.memory = head, dueling, memory
         self.scale = 1.0 / math.sqrt(width)
@@ -96,6 +98,7 @@ class QNet(nn.Module):
             linear(width, width, generator, gain=math.sqrt(3.0)),
             nn.ReLU(),
         )
+        self.famous = linear(2, 1, generator, gain=0.1)
         if head == "dot":
             self.user = linear(width, width, generator)
             self.item = linear(size, width, generator, gain=0.2)  # values start near zero
@@ -111,6 +114,11 @@ class QNet(nn.Module):
 
     def forward(self, obs: Observation) -> Tensor:
         return self.values(self.read(obs))  # (B, N)
+
+    def personal(self) -> list[nn.Parameter]:
+        """The weights that give every user an opinion of every item: they fit noise first."""
+        layers = (self.user, self.item, self.bias) if self.head == "dot" else (self.dense,)
+        return [p for layer in layers for p in layer.parameters()]
 
     def read(self, obs: Observation) -> Seen:
         """Observations to the input of any net of this catalogue."""
@@ -128,6 +136,7 @@ class QNet(nn.Module):
             )  # (B, N)
         else:
             q = self.dense(hidden)  # (B, N)
+        q = q + self.famous(self.fame[:-1]).T  # (B, N)
         extra = self.extra(hidden, seen)  # (B, H)
         q.scatter_add_(1, seen.past.clamp(min=0), extra)
         return q.add_(self.level(hidden, extra, seen.shown))
@@ -143,6 +152,7 @@ class QNet(nn.Module):
         else:
             weight, bias = self.dense.weight[index], self.dense.bias[index]  # (B, K, W), (B, K)
             q = (weight * hidden[:, None, :]).sum(dim=2) + bias
+        q = q + self.famous(self.fame[index]).squeeze(2)
         extra = self.extra(hidden, seen)  # (B, H)
         match = index[:, :, None] == seen.past[:, None, :]  # (B, K, H)
         return q + (match * extra[:, None, :]).sum(dim=2) + self.level(hidden, extra, seen.shown)
@@ -164,6 +174,7 @@ class QNet(nn.Module):
             weight, bias = self.dense.weight.mean(dim=0), self.dense.bias.mean()  # (W,), ()
             mean = (hidden @ weight)[:, None] + bias  # (B, 1)
         mean = mean + extra.sum(dim=1, keepdim=True) / (len(self.items) - 1)
+        mean = mean + self.famous(self.fame[:-1].mean(dim=0))
         value = self.value(hidden)
         if self.memory:
             # tenths: V(s) moves by much more than one item's value, and must not learn that slowly

@@ -74,6 +74,8 @@ def toy_dqn(spec, **knobs):
         "learning_starts": 64,
         "width": 32,
         "memory": False,
+        "gamma": 0.9,
+        "shrink": 0.0,
     }
     return DQN(spec, **(defaults | knobs))
 
@@ -325,6 +327,19 @@ def test_the_target_net_is_the_running_mean_of_the_net():
     assert seen == 3
     for slow, expected in zip(agent.target.parameters(), mean, strict=True):
         assert torch.allclose(slow, expected)
+
+
+def test_decay_falls_on_the_personal_weights_alone():
+    spec = synthetic_spec()
+    for head in ("dot", "dense"):
+        agent = DQN(spec, **QUICK | {"shrink": 5.0, "head": head})
+        personal = {id(p) for p in agent.net.personal()}
+        for group in agent.optimizer.param_groups:
+            inside = [id(p) in personal for p in group["params"]]
+            assert all(inside) if group["weight_decay"] == 5.0 else not any(inside)
+        assert sum(len(g["params"]) for g in agent.optimizer.param_groups) == len(
+            list(agent.net.parameters())
+        )
 
 
 def test_users_are_served_by_the_running_mean():
