@@ -25,6 +25,7 @@ FADES = (
     14.0,
     60.0,
 )  # days: purchases of this age have lost 1/e of a feature of the memory term
+BENDS = 16  # hidden units on the traces: wishes multiply, a straight line would go below zero
 LEFT = 8  # best items of the past not shown yet that V(s) looks at
 TRACES = 6 + 2 * len(FADES)  # features of the memory term
 
@@ -109,6 +110,8 @@ class QNet(nn.Module):
             self.value = linear(width, 1, generator, gain=0.1)
         if memory:
             self.recall = nn.Parameter(torch.zeros(TRACES))
+            self.bend = linear(TRACES, BENDS, generator)
+            self.bent = nn.Parameter(torch.zeros(BENDS))
             self.left = linear(min(LEFT, spec.past_size), 1, generator, gain=0.1)
         self.to(spec.device)
 
@@ -161,7 +164,9 @@ class QNet(nn.Module):
         """What items of the past are worth besides (B, H): their traces, weighed by the state."""
         if not self.memory:
             return torch.zeros(seen.past.shape, device=hidden.device)
-        return (self.recall[:, None] * seen.traces).sum(dim=1)
+        straight = (self.recall[:, None] * seen.traces).sum(dim=1)  # (B, H)
+        bends = torch.relu(self.bend.weight @ seen.traces + self.bend.bias[:, None])  # (B, J, H)
+        return straight + (self.bent[:, None] * bends).sum(dim=1) * seen.traces[:, 0]
 
     def level(self, hidden: Tensor, extra: Tensor, shown: Tensor) -> Tensor:
         """What moves every item's value (B, 1) so that their mean is V(s) (Wang et al., 2016)."""

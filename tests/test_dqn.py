@@ -76,6 +76,8 @@ def toy_dqn(spec, **knobs):
         "memory": False,
         "gamma": 0.9,
         "shrink": 0.0,
+        "epsilon_start": 1.0,
+        "replay_ratio": 1.0,
     }
     return DQN(spec, **(defaults | knobs))
 
@@ -259,8 +261,8 @@ def test_the_replay_ratio_is_sampled_transitions_per_env_step():
 
 
 def test_nothing_is_learnt_before_learning_starts():
-    assert updates_of(7, learning_starts=449, batch_size=32) == 0
-    assert updates_of(8, learning_starts=449, batch_size=32) == 2
+    assert updates_of(7, learning_starts=449, batch_size=32, replay_ratio=1.0) == 0
+    assert updates_of(8, learning_starts=449, batch_size=32, replay_ratio=1.0) == 2
 
 
 def test_epsilon_is_a_function_of_env_steps():
@@ -268,7 +270,7 @@ def test_epsilon_is_a_function_of_env_steps():
         [1.0, 0.6, 0.2, 0.2]
     )
     spec = synthetic_spec()
-    agent = DQN(spec, epsilon_steps=128)
+    agent = DQN(spec, epsilon_start=1.0, epsilon_end=0.05, epsilon_steps=128)
     for transition in synthetic_steps(agent, spec, 64, 1, torch.Generator().manual_seed(0)):
         agent.update(transition)
     assert agent.epsilon == pytest.approx((1.0 + 0.05) / 2)
@@ -282,7 +284,14 @@ def trained(agent, steps, seed=0):
     return agent
 
 
-QUICK = {"learning_starts": 64, "batch_size": 32, "width": 16, "n_step": 2, "capacity": 640}
+QUICK = {
+    "replay_ratio": 1.0,
+    "learning_starts": 64,
+    "batch_size": 32,
+    "width": 16,
+    "n_step": 2,
+    "capacity": 640,
+}
 
 
 def test_the_same_seed_trains_bit_equally_and_another_does_not():
