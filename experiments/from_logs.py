@@ -1,6 +1,7 @@
 """From a log to users: one simulator to train on, others of other households to judge with."""
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -52,15 +53,11 @@ def from_logs(cfg: DictConfig, device: str) -> Worlds:
             )
         print(f"fit users: {len(ours.users)} households to train on, {len(others.users)} to judge "
               f"with, {len(first)} of them come after the cut", flush=True)  # fmt: skip
-        specs = {"check": SimSpec(logs, catalog, "cpu", 0)}  # the dearest fit starts first
-        specs |= {"train": SimSpec(ours, catalog, device, cfg.seed)} | {
+        specs = {"train": SimSpec(ours, catalog, device, cfg.seed)} | {
             f"judge {i}": SimSpec(others, catalog, device, JUDGES + i, first.users(), True)
             for i in range(cfg.evaluators)
         }
-        made = fit_all(cfg, specs)
-        whole = made.pop("check")
-    with stage("check", seconds):
-        checked = check(whole, logs, catalog)
+        made, checked = fit_all(cfg, specs, lambda: check(cfg, logs, catalog))
         if checked:  # a simulator of another kind has no such figures
             print("\n".join(lines(checked)), flush=True)
     rows = np.random.default_rng(SPLIT).permutation(len(judges))
@@ -72,25 +69,28 @@ def from_logs(cfg: DictConfig, device: str) -> Worlds:
     return Worlds(train, test, counts, replay, checked, notes=[], seconds=seconds)
 
 
-def fit_all(cfg: DictConfig, specs: dict[str, SimSpec]) -> dict[str, UserSimulator]:
-    """Fit every simulator, some at once; the order of the result is that of `specs`."""
-    made: dict[str, UserSimulator] = {}
+def fit_all(
+    cfg: DictConfig, specs: dict[str, SimSpec], check_all: Callable[[], dict[str, Any]]
+) -> tuple[dict[str, UserSimulator], dict[str, Any]]:
+    """Fit every simulator and make the held-out figures, some at once; simulators as in `specs`."""
     with (
         ThreadPoolExecutor(FITS_AT_ONCE) as pool,
-        tqdm(total=len(specs), desc="fit users", unit="fit", disable=not cfg.progress) as bar,
+        tqdm(total=len(specs) + 1, desc="fit users", unit="fit", disable=not cfg.progress) as bar,
     ):
-        waiting = {
-            pool.submit(instantiate, cfg.env.simulator, spec, _convert_="all"): name
+        checked = pool.submit(check_all)  # the dearest starts first
+        jobs = {
+            name: pool.submit(instantiate, cfg.env.simulator, spec, _convert_="all")
             for name, spec in specs.items()
         }
-        for done in as_completed(waiting):
-            made[waiting[done]] = done.result()
+        for job in as_completed([checked, *jobs.values()]):
+            job.result()  # an error of any fit is raised as soon as it is there
             bar.update()
-    return {name: made[name] for name in specs}
+    return {name: job.result() for name, job in jobs.items()}, checked.result()
 
 
-def check(whole: UserSimulator, logs: Logs, catalog: Catalog) -> dict[str, Any]:
+def check(cfg: DictConfig, logs: Logs, catalog: Catalog) -> dict[str, Any]:
     """Held-out figures of the same model fitted to all households, on their trips after the cut."""
+    whole = instantiate(cfg.env.simulator, SimSpec(logs, catalog, "cpu", 0), _convert_="all")
     if not isinstance(whole, FittedSimulator):
         return {}
 
@@ -101,7 +101,7 @@ def check(whole: UserSimulator, logs: Logs, catalog: Catalog) -> dict[str, Any]:
         counts = interactions(past, catalog.ids)[0]
         return fidelity(whole.preference, trips, counts, whole.preference.log_rate)
 
-    key = f"fidelity 2 {logs.fingerprint()} {whole.fit_key}"
+    key = f"fidelity 3 {logs.fingerprint()} {whole.fit_key}"
     return cached(key, make, write_figures, read_figures, what="the held-out figures")
 
 

@@ -33,7 +33,7 @@ from simulators.trips import Trips, trips_from_logs
 from sources.cache import cached
 from sources.logs import Logs
 
-FORMAT = 2  # of a saved fit; raised when its content or meaning changes
+FORMAT = 3  # of a saved fit; raised when its content or meaning changes
 BASKET = 40  # M: purchases of one trip; a household with a full basket goes home
 STARTS = 6  # starting points of a household among its trips before the cut
 

@@ -189,10 +189,13 @@ class Preference(nn.Module):
 
     def score(self, user: Tensor, pair: Tensor, items: Tensor) -> Tensor:
         """Logits of aligned rows: user part (..., hidden), pair features (..., F), items (...)."""
-        facts = torch.stack([self.log_rate + 5, self.gap - 3], dim=1)  # (N, 2), near zero
-        hidden = gelu(user + self.of_item(facts)[items] + self.of_pair(pair))
+        hidden = gelu(user + self.item_part()[items] + self.of_pair(pair))
         change = self.out(gelu(self.middle(hidden))).squeeze(-1)
         return self.log_rate[items] + self.bias[items] + change
+
+    def item_part(self) -> Tensor:
+        """What the first layer makes of the items alone, (N, hidden)."""
+        return self.of_item(torch.stack([self.log_rate + 5, self.gap - 3], dim=1))  # near zero
 
     def logit(self, state: dict[str, Tensor], items: Tensor) -> Tensor:
         """theta (B, K) of items (B, K); EMPTY gives -inf."""
@@ -223,7 +226,7 @@ class Preference(nn.Module):
             dim=2,
         )
 
-    def logits(self, state: dict[str, Tensor], rows: int = 64) -> Tensor:
+    def logits(self, state: dict[str, Tensor], rows: int = 16) -> Tensor:
         """theta (B, N) of the whole catalogue, `rows` households at a time."""
         n = len(self.bias)
         parts = []
@@ -235,7 +238,10 @@ class Preference(nn.Module):
             same = self.same_group(some, items)
             scalars = some["scalars"][:, None].expand(-1, n, -1)
             pair = self.pair_features(items, count, age, self.affinities(some), same, scalars)
-            parts.append(self.score(some["user"][:, None], pair, items))
+            # `score` without a copy of the item part for every household
+            hidden = self.of_pair(pair).add_(self.item_part()).add_(some["user"][:, None])
+            change = self.out(gelu(self.middle(gelu(hidden)))).squeeze(-1)  # (b, N)
+            parts.append(change.add_(self.log_rate + self.bias))
         return torch.cat(parts)
 
 

@@ -151,7 +151,7 @@ def test_figures_are_of_households_known_before_the_cut(worlds, shop):
     trips = trips_from_logs(shop, catalog.ids, since=catalog.as_of)
     known = shop.before(moment(catalog.as_of)).events["user"].unique()
     assert worlds.fidelity["trips"] == np.isin(trips.user, known).sum()
-    assert set(worlds.seconds) == {"read", "encode", "fit", "check"}
+    assert set(worlds.seconds) == {"read", "encode", "fit"}
 
 
 def one_of_a_kind() -> Logs:
