@@ -10,7 +10,9 @@ Assumed, since purchases cannot tell: a household leaves a useless slate with pr
 A product shown is judged as if the household were shopping alone: the choice among K is a logit.
 """
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,31 @@ BASKET = 40  # M: purchases of one trip; a household with a full basket goes hom
 STARTS = 6  # starting points of a household among its trips before the cut
 
 
+@dataclass(frozen=True)
+class Assumptions:
+    """What purchases cannot tell; satiation they can: None takes it from the log."""
+
+    patience: float = 0.1
+    satiation: float | None = None
+    drift: float = 0.0
+    exposure: float = 0.0
+    position: float = 0.0
+    choice: str = "logit"
+    trips: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.patience <= 1.0:
+            raise ValueError(f"patience must be a probability in [0, 1], got {self.patience}")
+        if self.trips < 1:
+            raise ValueError(f"trips must be at least 1, got {self.trips}")
+        if self.choice not in ("logit", "independent", "cascade"):
+            raise ValueError(f"choice must be logit, independent or cascade, got {self.choice!r}")
+        for name in ("satiation", "drift", "exposure", "position"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}")
+
+
 class FittedSimulator:
     """Households who answer slates as those of the log would."""
 
@@ -50,22 +77,11 @@ class FittedSimulator:
         habits: Habits,
         users: UserTable,
         *,
-        patience: float = 0.1,
-        satiation: float | None = None,
-        drift: float = 0.0,
-        exposure: float = 0.0,
-        position: float = 0.0,
-        choice: str = "logit",
-        trips: int = 1,
         device: str = "cpu",
         fit_key: str = "",
+        **assumed: Any,
     ) -> None:
-        if not 0.0 <= patience <= 1.0:
-            raise ValueError(f"patience must be a probability in [0, 1], got {patience}")
-        if trips < 1:
-            raise ValueError(f"trips must be at least 1, got {trips}")
-        if choice not in ("logit", "independent", "cascade"):
-            raise ValueError(f"choice must be logit, independent or cascade, got {choice!r}")
+        self.assumed = Assumptions(**assumed)
         if len(catalog) != len(preference.bias):
             raise ValueError(
                 f"the preference model prices {len(preference.bias)} items, the catalogue has "
@@ -80,9 +96,8 @@ class FittedSimulator:
         self.catalog, self.preference = catalog.to(device), preference.to(device)
         self.habits = habits.to(device)
         self.users = users.to(device)
-        self.patience, self.drift, self.exposure = patience, drift, exposure
-        self.satiation = habits.satiation if satiation is None else satiation
-        self.position, self.choice, self.trips = position, choice, trips
+        fitted = self.assumed.satiation is None
+        self.satiation = habits.satiation if fitted else self.assumed.satiation
         self.price = torch.nan_to_num(self.catalog.price)  # (N,)
         self.fit_key = fit_key  # names all that the fit came from
 
@@ -94,12 +109,12 @@ class FittedSimulator:
         window: float = 150.0,
         epochs: int = 2,
         hidden: int = 32,
-        **knobs: Any,
+        **assumed: Any,
     ) -> "FittedSimulator":
         """Fit to the purchases of `spec.logs` in the `window` days before the catalogue's cut.
 
-        `knobs` are those of the constructor. A fit is kept and found again by the content of all
-        that goes in.
+        `assumed` are the fields of `Assumptions`. A fit is kept and found again by the content of
+        all that goes in.
         """
         if spec.logs is None or spec.catalog is None:
             raise ValueError(
@@ -110,6 +125,7 @@ class FittedSimulator:
                 "window must be above 0 days, epochs and hidden at least 1, got "
                 f"window={window}, epochs={epochs}, hidden={hidden}"
             )
+        Assumptions(**assumed)  # a wrong one is refused before the work
         logs, catalog = spec.logs.before(moment(spec.catalog.as_of)), spec.catalog
         key = (
             f"fit {FORMAT} {logs.fingerprint()} {catalog.fingerprint()} {window} {epochs} {hidden} "
@@ -122,7 +138,7 @@ class FittedSimulator:
         state = cached(key, make, torch.save, _load, what="the fitted users")
         preference, habits = restore(state)
         users = spec.users if spec.users is not None else _table(state["users"])
-        return cls(catalog, preference, habits, users, device=spec.device, fit_key=key, **knobs)
+        return cls(catalog, preference, habits, users, device=spec.device, fit_key=key, **assumed)
 
     @classmethod
     def default(cls) -> "FittedSimulator":
@@ -141,7 +157,7 @@ class FittedSimulator:
         torch.save(state | {"users": users, "catalog": self.catalog.fingerprint()}, path)
 
     @classmethod
-    def load(cls, path: str | Path, catalog: Catalog, **knobs: Any) -> "FittedSimulator":
+    def load(cls, path: str | Path, catalog: Catalog, **assumed: Any) -> "FittedSimulator":
         """Read what `save` wrote; the catalogue must be the one it was fitted on."""
         state = _load(Path(path))
         if state["catalog"] != catalog.fingerprint():
@@ -150,7 +166,7 @@ class FittedSimulator:
                 "load the catalogue of that fit, or fit again"
             )
         preference, habits = restore(state)
-        return cls(catalog, preference, habits, _table(state["users"]), **knobs)
+        return cls(catalog, preference, habits, _table(state["users"]), **assumed)
 
     def start(self, users: Tensor, draws: Draws) -> UserState:
         """Rows of `users` (B,) to the state of B households who enter."""
@@ -179,15 +195,15 @@ class FittedSimulator:
         state = dict(state)
         basket, purchases = fill(state["basket"], state["purchases"], slate, chosen)
         state["basket"], state["purchases"] = basket, purchases
-        if self.drift:
+        if self.assumed.drift:
             what = embedding(slate.clamp_min(0), self.preference.source) * chosen[:, :, None]
-            state["recent"] = state["recent"] + self.drift * what.sum(dim=1)
+            state["recent"] = state["recent"] + self.assumed.drift * what.sum(dim=1)
         stop = self.habits.stop_hazard(purchases, self.users.profile[state["row"], 0])  # (B,)
-        hazard = dynamics.leave_hazard(bought, stop, ~bought, self.patience)  # (B,)
+        hazard = dynamics.leave_hazard(bought, stop, ~bought, self.assumed.patience)  # (B,)
         over = (draws.uniform("leave")[:, 0] < hazard) | (purchases >= BASKET)  # (B,)
-        left = over & (state["trip"] >= self.trips - 1)  # (B,)
+        left = over & (state["trip"] >= self.assumed.trips - 1)  # (B,)
         elapsed = torch.zeros_like(hazard)  # (B,) days
-        if self.trips > 1:
+        if self.assumed.trips > 1:
             every = torch.exp(-self.users.profile[state["row"], 1])  # (B,) days a trip
             gap = dynamics.return_gap(draws.uniform("return")[:, 0], every)
             elapsed = torch.where(over & ~left, gap, elapsed)
@@ -202,7 +218,7 @@ class FittedSimulator:
         """(B, N) true probability that each item, shown alone now, is bought: for oracles only."""
         theta = self.preference.logits(state)
         category = self.catalog.category.expand(len(theta), -1)
-        return (self._sated(theta, category, state) + self.exposure).sigmoid()
+        return (self._sated(theta, category, state) + self.assumed.exposure).sigmoid()
 
     def _theta(self, state: UserState, slate: Tensor) -> Tensor:
         """Logits (B, K) of buying now, unshown; -inf in an empty slot."""
@@ -223,9 +239,9 @@ class FittedSimulator:
         """What is bought and what would have been unshown, (B, K) bool each."""
         key = slate + len(self.catalog) * state["trip"][:, None]  # new wishes on a new trip
         uniform = draws.per_item("buy", key)  # (B, K)
-        shown = choices.position(theta + self.exposure, self.position)
-        if self.choice != "logit":
-            choose = choices.cascade if self.choice == "cascade" else choices.independent
+        shown = choices.position(theta + self.assumed.exposure, self.assumed.position)
+        if self.assumed.choice != "logit":
+            choose = choices.cascade if self.assumed.choice == "cascade" else choices.independent
             return choose(shown, uniform), choices.independent(theta, uniform)
         noise = choices.gumbel(uniform)
         outside = choices.gumbel(draws.uniform("outside"))[:, 0]  # (B,)

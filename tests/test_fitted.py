@@ -390,3 +390,13 @@ def test_facts_weigh_households(shop, shelf):
     one = item_facts(past, shelf, rate, weight)
     other = item_facts(past.only_users(half), shelf, rate, None)
     torch.testing.assert_close(one.source @ one.target.T, other.source @ other.target.T)
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [("patience", 2.0), ("trips", 0), ("choice", "best"), ("drift", float("nan"))],
+)
+def test_a_wrong_assumption_is_refused_before_the_fit(shop, shelf, knob, value, monkeypatch):
+    monkeypatch.setattr("simulators.fitted.fit_model", lambda *_: pytest.fail("fitted first"))
+    with pytest.raises(ValueError, match=knob):
+        FittedSimulator.fit(SimSpec(shop, shelf, seed=99), **{knob: value})

@@ -15,7 +15,7 @@ from encoders.state import EMPTY
 from experiments.from_logs import first_trips, from_logs, summary
 from experiments.prepare import JUDGES, prepare
 from simulators.base import SimSpec
-from simulators.fitted import FittedSimulator, moment
+from simulators.fitted import Assumptions, FittedSimulator, moment
 from simulators.trips import Trips, trips_from_logs
 from sources.logs import Logs, Roles
 
@@ -190,7 +190,7 @@ def test_a_cut_after_which_nobody_known_comes_says_so():
 def test_the_yaml_repeats_the_defaults_of_the_code(request):
     env = OmegaConf.load(request.config.rootpath / "experiments/conf/env/ecommerce.yaml")
     code = {}
-    for function in (FittedSimulator.fit, FittedSimulator.__init__):
+    for function in (FittedSimulator.fit, Assumptions):
         code |= {p.name: p.default for p in inspect.signature(function).parameters.values()}
     for knob, value in env.simulator.items():
         assert knob == "_target_" or code[knob] == value, knob
