@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+HYDRA_HINT = ", set env var HYDRA_FULL_ERROR=1 to see chained exception"
 CONF = Path(__file__).resolve().parent / "conf"
 WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package",
               "-p", "--cfg", "-c", "--experimental-rerun")  # fmt: skip
@@ -17,6 +18,7 @@ WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-
 
 def check(script: str, doc: str, argv: list[str], conf: Path = CONF) -> None:
     """Answer --help, and refuse options and keys that no yaml has, naming the nearest that is."""
+    sys.excepthook = quiet_interrupt
     flags, overrides = split(argv)
     folders = [conf, *(Path(f) for f in flags.get("--config-dir", []) + flags.get("-cd", []))]
     for folder in folders:
@@ -147,15 +149,28 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def quiet_interrupt(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Ctrl-C before the work began needs no traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted before anything was written", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Turn bad input into its message and exit code 2; RECPLAY_DEBUG=1 shows its traceback."""
     try:
         yield
     except Exception as error:
-        cause = error.__cause__ if type(error).__name__ == "InstantiationException" else error
-        ours = isinstance(cause, ValueError | TypeError | OSError)
-        if os.environ.get("RECPLAY_DEBUG") or not ours:
+        if os.environ.get("RECPLAY_DEBUG"):
+            raise
+        made = type(error).__name__ == "InstantiationException"
+        cause = (error.__cause__ or error) if made else error
+        if made and (cause is error or isinstance(cause, ImportError | AttributeError)):
+            said = " ".join(str(error).split()).replace(HYDRA_HINT, "")
+            fail(f"{said}: is the name right, and its folder on PYTHONPATH?")
+        if not isinstance(cause, ValueError | TypeError | OSError):
             raise
         if isinstance(cause, TypeError) and cause is error:
             raise  # a fault of ours, not of what was typed

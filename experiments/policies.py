@@ -61,6 +61,9 @@ def make_env(
 ) -> RecommendVectorEnv:
     """Sessions of `cfg.env.session` with these users."""
     session = instantiate(cfg.env.session, _convert_="all")
+    known = ("slate_size", "max_steps", "reward")
+    if strange := set(session) - set(known):
+        raise ValueError(f"env.session has {', '.join(known)}, got {', '.join(sorted(strange))}")
     return RecommendVectorEnv(
         simulator, num_envs=num_envs, observation="ids", output="torch", seed=seed, **session
     )

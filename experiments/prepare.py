@@ -40,6 +40,11 @@ class Worlds:
 
 def prepare(cfg: DictConfig, device: str) -> Worlds:
     """Make the users of `cfg.env`."""
+    if "simulator" not in cfg.env:
+        raise ValueError(
+            f"env={cfg.env_name} names no simulator: its yaml needs simulator: {{_target_: ...}}, "
+            "as experiments/conf/env/tiny.yaml has it"
+        )
     if cfg.env.get("data") is None:
         return synthetic(cfg, device)
     from experiments.from_logs import from_logs

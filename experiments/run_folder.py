@@ -1,11 +1,9 @@
 """What a run leaves behind: configuration, versions, checkpoints, results; no file half written."""
 
-import hashlib
 import json
 import math
 import os
 import platform
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -22,22 +20,27 @@ from simulators.base import Catalog
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "numpy", "pandas", "gymnasium", "hydra-core", "transformers", "recplay")
-OURS = ("config.yaml", "versions.json", "result.json", "tensorboard", "checkpoint", "training",
-        "decisions")  # fmt: skip
 
 
 def open_folder(cfg: DictConfig) -> Path:
-    """Make the run folder, with configuration and versions in it."""
+    """Make the run folder, with configuration and versions in it; no two runs share one."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     home = ROOT if os.access(ROOT, os.W_OK) else Path.cwd()
     name = f"{cfg.env_name}/{cfg.agent_name}/seed{cfg.seed}-{stamp}"
     folder = Path(cfg.run_dir) if cfg.run_dir else home / "runs" / name
-    if (folder / "config.yaml").exists():  # an earlier run: two runs in one folder are neither
-        print(f"{folder} holds an earlier run: replaced")
-        for old in OURS:
-            shutil.rmtree(folder / old) if (folder / old).is_dir() else (folder / old).unlink(True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "config.yaml", "x") as file:  # of two runs at once one is first
+            file.write(OmegaConf.to_yaml(cfg, resolve=True))
+    except FileExistsError as error:
+        raise ValueError(
+            f"run_dir={folder} holds a run already, or is a file: choose another folder, or delete "
+            "it if nothing in it is wanted"
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"run_dir={folder} cannot be written ({error.strerror}): choose a folder that can"
+        ) from error
     write_json(folder / "versions.json", versions())
     return folder
 
@@ -66,19 +69,12 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
-def catalog_hash(catalog: Catalog) -> str:
-    """Tell catalogues apart: other items, or the same under other vectors."""
-    digest = hashlib.sha256("\n".join(map(str, catalog.ids)).encode())
-    digest.update(catalog.vectors.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def save_checkpoint(
     folder: Path, agent: Agent, catalog: Catalog, cfg: DictConfig, step: int
 ) -> None:
     """Write the agent after `step` env steps over the checkpoint before."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"catalog": catalog_hash(catalog), "step": step}
+    about = {"catalog": catalog.fingerprint(), "agent_kind": type(agent).__name__, "step": step}
     partial = folder / "state.partial"
     torch.save({"agent": agent.state_dict(), **about}, partial)
     os.replace(partial, folder / "state.pt")
@@ -94,11 +90,16 @@ def load_checkpoint(folder: Path, agent: Agent, catalog: Catalog) -> int:
         saved = torch.load(path, weights_only=True, map_location=catalog.vectors.device)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
-    ours = catalog_hash(catalog)
+    ours = catalog.fingerprint()
     if saved["catalog"] != ours:
         raise ValueError(
             f"the checkpoint {path} is of another catalogue ({saved['catalog']}, this one is "
             f"{ours}): train on this catalogue, or prepare the one it was trained on"
+        )
+    if saved["agent_kind"] != type(agent).__name__:
+        raise ValueError(
+            f"the checkpoint {path} is of a {saved['agent_kind']}, the agent asked for is a "
+            f"{type(agent).__name__}: choose the agent that was trained"
         )
     agent.load_state_dict(saved["agent"])
     return int(saved["step"])

@@ -37,7 +37,6 @@ from experiments.policies import (
 )
 from experiments.prepare import Worlds, prepare
 from experiments.run_folder import (
-    catalog_hash,
     load_checkpoint,
     open_folder,
     save_checkpoint,
@@ -68,6 +67,7 @@ def main(cfg: DictConfig) -> None:
         if cfg.checkpoint:
             load_checkpoint(Path(cfg.checkpoint), agent, worlds.train.catalog)
 
+        make_env(cfg, worlds.train, num_envs=1, seed=cfg.seed)  # refuses what no session can be
         folder = open_folder(cfg)  # not before all that was typed made sense
         print(
             f"train {cfg.agent_name} for {steps} steps, curves in {folder / 'tensorboard'}",
@@ -84,9 +84,10 @@ def main(cfg: DictConfig) -> None:
             "env": cfg.env_name, "agent": cfg.agent_name, "seed": cfg.seed, "steps": steps,
             "table": rows, "seconds": {**worlds.seconds, **seconds}, "fidelity": worlds.fidelity,
         }  # fmt: skip
-        for path in (folder / "result.json", *([Path(cfg.out)] if cfg.out else [])):
-            write_json(path, result)
+        write_json(folder / "result.json", result)
         print("\n".join(["", *lines(rows), "", f"tensorboard --logdir {folder / 'tensorboard'}"]))
+        if cfg.out:
+            write_json(Path(cfg.out), result)
 
 
 def train(
@@ -165,7 +166,7 @@ def decision_log(
 ) -> DecisionWriter:
     """A decision log that says of itself whose decisions, of which catalogue and of which users."""
     meta = {
-        "catalog": catalog_hash(simulator.catalog),
+        "catalog": simulator.catalog.fingerprint(),
         "policy": policy,
         "env": OmegaConf.to_container(cfg.env, resolve=True),
         "adaptive": adaptive,
@@ -208,6 +209,15 @@ def checked(cfg: DictConfig) -> tuple[str, int]:
             raise ValueError(f"{key} must be a whole number of at least {bound}, got {value!r}")
     if not isinstance(cfg.frozen_temperature, int | float) or not cfg.frozen_temperature > 0:
         raise ValueError(f"frozen_temperature must be above 0, got {cfg.frozen_temperature!r}")
+    if cfg.seed >= 2**31:
+        raise ValueError(f"seed must be below 2**31, got {cfg.seed}")
+    if isinstance(cfg.baselines, str):
+        raise ValueError(f"baselines must be a list, got {cfg.baselines!r}: baselines=[...]")
+    if cfg.out:
+        try:
+            Path(cfg.out).absolute().parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"out={cfg.out} cannot be written: {error.strerror}") from error
     if cfg.device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {cfg.device!r}")
     if cfg.device == "cuda" and not torch.cuda.is_available():

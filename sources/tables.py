@@ -33,6 +33,7 @@ from sources.checks import (
     REQUIRED,
     Unit,
     closest,
+    numbers,
     parse_times,
     require_columns,
 )
@@ -267,7 +268,8 @@ def _complete_events(events: pd.DataFrame, about: dict[str, Any], where: str) ->
         if "value" in about:
             events["value"] = about["value"]
         elif {"price", "quantity"} <= set(events.columns):
-            events["value"] = events["price"] * events["quantity"]
+            price, quantity = (numbers(events[c], f"{where}.{c}") for c in ("price", "quantity"))
+            events["value"] = price * quantity
         else:
             raise ValueError(
                 f"{where} says no value: map a column (columns: {{value: ...}}), or price and "

@@ -160,9 +160,7 @@ def test_the_checkpoint_goes_on_where_it_stopped(run: Path, tmp_path: Path) -> N
 def test_the_same_seed_gives_the_same_table_to_the_last_bit(run: Path, tmp_path: Path) -> None:
     first = json.loads((run / "result.json").read_text())["table"]
     assert command(tmp_path / "a", "agent=dqn", "steps=1500")["table"] == first
-    other = command(tmp_path / "a", "agent=dqn", "steps=1500", "seed=1")[
-        "table"
-    ]  # replaces the run
+    other = command(tmp_path / "b", "agent=dqn", "steps=1500", "seed=1")["table"]
     assert other[3] != first[3]
     assert other[1] == first[1]  # the judges are the same
 
@@ -320,17 +318,51 @@ def test_a_replayed_trip_begins_with_what_was_known_and_no_history() -> None:
     assert torch.equal(obs.context, calendar(trips.users.start))
 
 
-def test_an_earlier_run_is_replaced_and_other_files_are_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["env.session.max_steps=100"], "max_steps=100"),  # found before the folder is touched
+        (["+env.session.foo=1"], "foo"),
+        (["seed=99999999999"], "seed must be below"),
+        (["baselines=popularity"], "baselines must be a list"),
+        (["out=/proc/nope/x.json"], "out=/proc/nope/x.json cannot be written"),
+        (["env.session.reward.path=envs.rewards.unts"], "PYTHONPATH"),
+    ],
+)
+def test_bad_words_are_refused_and_nothing_is_touched(
+    words: list[str], said: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "experiments" / "train_agent.py"), *SMALL, *words,
+         f"run_dir={tmp_path / 'run'}"],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_run_takes_the_folder_of_another(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     cfg = OmegaConf.create(
         {"run_dir": str(tmp_path), "env_name": "e", "agent_name": "a", "seed": 0}
     )
     open_folder(cfg)
-    (tmp_path / "checkpoint").mkdir()
     (tmp_path / "result.json").write_text("old")
-    open_folder(cfg)
-    left = {p.name for p in tmp_path.iterdir()}
-    assert left == {"mine.txt", "config.yaml", "versions.json"}
+    with pytest.raises(ValueError, match=r"holds a run already.*another folder"):
+        open_folder(cfg)
+    assert (tmp_path / "result.json").read_text() == "old"
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cfg = OmegaConf.create(
+        {"run_dir": str(tmp_path / "file"), "env_name": "e", "agent_name": "a", "seed": 0}
+    )
+    with pytest.raises(ValueError, match=r"run_dir=.*file.*choose another folder"):
+        open_folder(cfg)
 
 
 def test_what_is_no_number_is_null_in_json() -> None:
