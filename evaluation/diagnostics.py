@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from statistics import NormalDist
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 Array = np.ndarray
 CHUNK = 1 << 16  # rows of a pass that stay in the cache
 KEPT = 2000  # largest weights kept
+COMPARED = 12  # bins of a histogram that are counted by comparing
 EXPONENTS = 128  # bins of the histogram: bin e holds weights in [2^(e - 65), 2^(e - 64))
 Z999 = NormalDist().inv_cdf(0.9995)
 
@@ -62,8 +64,6 @@ class WeightSums:
         if len(top) < KEPT or high > top.min():
             floor = top.min() if len(top) >= KEPT else -math.inf
             top = _largest(np.append(top, w[w > floor]))
-        exponent = (w.view(np.int64) >> 52) - 1022 + 64  # read from the bits: w < 2^(exponent - 64)
-        bins = np.clip(exponent, 0, EXPONENTS - 1)
         return WeightSums(
             n=self.n + len(w),
             sw=self.sw + float(w.sum()),
@@ -79,8 +79,13 @@ class WeightSums:
             covered=self.covered + (0.0 if covered is None else float(covered.sum())),
             covered_n=self.covered_n + (0 if covered is None else len(covered)),
             top=top,
-            counts=self.counts + np.bincount(bins, minlength=EXPONENTS),
+            counts=self.counts + _histogram(w),
         )
+
+    @cached_property
+    def pareto_k(self) -> float:
+        """Shape of the tail, found once: every row of a table shows it."""
+        return tail_shape(self.n, self.top)
 
     def __add__(self, other: "WeightSums") -> "WeightSums":
         return WeightSums(
@@ -100,6 +105,23 @@ class WeightSums:
             top=_largest(np.append(self.top, other.top)),
             counts=self.counts + other.counts,
         )
+
+
+def _histogram(w: Array) -> Array:
+    """Units in each bin, (EXPONENTS,): few bins are counted by comparing, as bincount is slow.
+
+    What decides is in the upper 16 bits of a float: its sign, its exponent and some of its digits.
+    """
+    upper = (w.view(np.int64) >> 48).astype(np.int16)  # (n,)
+    low, high = (min(max((int(x) >> 4) - 958, 0), EXPONENTS - 1) for x in (upper.min(), upper.max()))
+    if high - low > COMPARED:
+        return np.bincount(np.clip((upper >> 4) - 958, 0, EXPONENTS - 1), minlength=EXPONENTS)
+    counts, above = _no_counts(), 0
+    for e in range(high, low, -1):
+        reached = int(np.count_nonzero(upper >= (e + 958) << 4))  # weights from 2^(e - 65)
+        counts[e], above = reached - above, reached
+    counts[low] += len(w) - above
+    return counts
 
 
 def _largest(weight: Array) -> Array:
@@ -127,14 +149,19 @@ def mean_weight(sums: WeightSums) -> tuple[float, float]:
 
 
 def pareto_k(sums: WeightSums) -> float:
-    """Shape of the weights' tail (Zhang & Stephens, 2009), shrunk as by Vehtari et al. (2024).
+    """Shape of the weights' tail: above .7 means and their standard errors cannot be trusted."""
+    return sums.pareto_k
 
-    Above .7 means and their standard errors cannot be trusted; nan if the tail has under 5.
+
+def tail_shape(n: int, largest: Array) -> float:
+    """Pareto k by the `largest` of n weights (Zhang & Stephens, 2009), nan if the tail has under 5.
+
+    Shrunk to .5 as by Vehtari et al. (2024).
     """
-    size = min(math.ceil(min(0.2 * sums.n, 3.0 * math.sqrt(sums.n))), len(sums.top) - 1)
+    size = min(math.ceil(min(0.2 * n, 3.0 * math.sqrt(n))), len(largest) - 1)
     if size < 5:
         return math.nan
-    tail = np.sort(sums.top)[-size - 1 :]
+    tail = np.sort(largest)[-size - 1 :]
     excess = tail[1:] - tail[0]
     excess = excess[excess > 0]  # (m,) ascending; ties with the threshold are no tail
     m = len(excess)
@@ -145,7 +172,7 @@ def pareto_k(sums: WeightSums) -> float:
     spread = 1.0 - np.sqrt(points / (np.arange(1, points + 1) - 0.5))
     theta = 1.0 / excess[-1] + spread / (3.0 * quartile)  # (points,) inverse scales, of both signs
     theta = theta[theta != 0]
-    k = np.log1p(-np.outer(theta, excess)).mean(axis=1)  # (points,) best shape at each theta
+    k = np.log(1.0 - np.outer(theta, excess)).mean(axis=1)  # (points,) best shape at each theta
     likelihood = m * (np.log(-theta / k) - k - 1.0)  # profile
     chance = np.exp(likelihood - likelihood.max())
     best = float(theta @ chance / chance.sum())

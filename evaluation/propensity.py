@@ -218,6 +218,14 @@ def _calibrate(fitted: FittedPropensity, sample: Array, scaled: bool, floor: flo
     fitted.report = {
         "temperature": t,
         "ece": quality.ece,
+        "points": list(
+            zip(
+                quality.predicted.tolist(),
+                quality.observed.tolist(),
+                quality.count.tolist(),
+                strict=True,
+            )
+        ),
         "ece_uncalibrated": before.ece,
         "brier": quality.brier,
         "log_loss": -float(np.log(fitted.logged).mean()),
