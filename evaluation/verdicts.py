@@ -265,13 +265,14 @@ def worst(j: Judged) -> tuple[float, float]:
 def differences(j: Judged, chosen: dict[tuple[str, str], Key]) -> list[dict[str, Any]]:
     """Each policy against the baseline on the same rows; Holm's steps over the policies compared.
 
-    Not of estimators whose lambda was chosen on this log: their bias would pass for a difference.
+    Not of models alone, nor of estimators whose lambda was chosen on this log: what is wrong with
+    them would pass for a difference.
     """
     baseline = j.question.baseline
     out: list[dict[str, Any]] = []
     for spec in j.question.estimators if baseline is not None else ():
         pairs = [(p, *chosen[p, spec]) for p in j.targets if p != baseline and (p, spec) in chosen]
-        if pairs and len(list(expanded(spec))) == 1:
+        if pairs and len(list(expanded(spec))) == 1 and weighed(pairs[0][1]):
             gaps = [difference(j, policy, name, lam) for policy, name, lam in pairs]
             adjusted = intervals.holm(np.array([gap["p_value"] for gap in gaps]))
             out += [{**g, "p_holm": float(p)} for g, p in zip(gaps, adjusted, strict=True)]
