@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.diagnostics import WeightSums, mean_weight
-from evaluation.estimators import ABSENT, ESTIMATORS, Rows, parse
+from evaluation.estimators import ABSENT, ESTIMATORS, MODEL, Rows, parse
 from evaluation.folds import fold_of
 from evaluation.intervals import delta_gradient
 from evaluation.moments import Moments
@@ -311,8 +311,10 @@ class Columns:
         """Of one estimator; `mrdr.q_logged` is for mrdr alone, `q_logged` for all others."""
         estimator = ESTIMATORS[name]
         weight = self.weight(estimator.weight) if estimator.weight else ABSENT
-        own = {key: self.get(f"{name}.{key}") for key in COLUMNS}
-        given = {key: self.get(key) if own[key] is None else own[key] for key in COLUMNS}
+        # a model fitted for others is not this one's: mis stays mis beside fqe
+        read = [key for key in COLUMNS if key in estimator.needs or key not in MODEL]
+        own = {key: self.get(f"{name}.{key}") for key in read}
+        given = {key: self.get(key) if own[key] is None else own[key] for key in read}
         missing = [key for key in estimator.needs if given[key] is None]
         if missing:
             raise ValueError(f"{name} needs {' and '.join(missing)} of {self.policy!r}")

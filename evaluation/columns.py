@@ -81,7 +81,8 @@ def modelled(batch: Batch, target: Target, logged: Logged, fits: Fits) -> PerRow
 def step_ratio(batch: Batch, logged: Logged) -> Array:
     """pi_e / pi_b of each row given what stands above it, (n,); an empty slot weighs nothing."""
     ratio = logged.pi / batch.propensity
-    return np.where(batch.action < 0, 1.0, ratio) if (batch.action < 0).any() else ratio
+    empty = batch.action.min(initial=0) < 0
+    return np.where(batch.action < 0, 1.0, ratio) if empty else ratio
 
 
 def weights(

@@ -10,7 +10,7 @@ import numpy as np
 Array = np.ndarray
 CHUNK = 1 << 16  # rows of a pass that stay in the cache
 KEPT = 2000  # largest weights kept
-COMPARED = 12  # bins of a histogram that are counted by comparing
+COMPARED = 16  # bins of a histogram that are counted by comparing
 EXPONENTS = 128  # bins of the histogram: bin e holds weights in [2^(e - 65), 2^(e - 64))
 Z999 = NormalDist().inv_cdf(0.9995)
 
@@ -108,12 +108,14 @@ class WeightSums:
 
 
 def _histogram(w: Array) -> Array:
-    """Units in each bin, (EXPONENTS,): few bins are counted by comparing, as bincount is slow.
+    """Units in each bin, (EXPONENTS,): few bins are counted by comparing: bincount is slow.
 
     What decides is in the upper 16 bits of a float: its sign, its exponent and some of its digits.
     """
     upper = (w.view(np.int64) >> 48).astype(np.int16)  # (n,)
-    low, high = (min(max((int(x) >> 4) - 958, 0), EXPONENTS - 1) for x in (upper.min(), upper.max()))
+    low, high = (
+        min(max((int(x) >> 4) - 958, 0), EXPONENTS - 1) for x in (upper.min(), upper.max())
+    )
     if high - low > COMPARED:
         return np.bincount(np.clip((upper >> 4) - 958, 0, EXPONENTS - 1), minlength=EXPONENTS)
     counts, above = _no_counts(), 0

@@ -111,6 +111,11 @@ def sg_dr(r: Rows) -> Terms:
 
 def log_smoothing(r: Rows) -> Terms:
     """Logarithmic smoothing (Sakhi et al., 2024)."""
+    if (r.reward < 0).any():
+        row = int((r.reward < 0).argmax())
+        raise ValueError(
+            f"ls needs rewards of at least 0, got {r.reward[row]} in row {row}: use ips"
+        )
     if np.isinf(r.lam):
         return ips(r)
     return plain(r.lam * np.log1p(r.weight * r.reward / r.lam))
@@ -224,12 +229,15 @@ class Estimator:
     grid: tuple[float, ...] = ()  # lambdas among which one is chosen where none is given
     clips: bool = False  # takes a lam, but needs none
     mergeable: bool = True  # its terms of a batch do not depend on the other batches
+    covers: bool = True  # its error is in its sums: else there is no honest interval
     assumes: str = ""  # beyond overlap
 
 
 MODEL = ("q_logged", "value")
 ESTIMATORS: dict[str, Estimator] = {
-    "dm": Estimator(direct, weight=None, needs=("value",), assumes="the reward model is right"),
+    "dm": Estimator(
+        direct, weight=None, needs=("value",), covers=False, assumes="the reward model is right"
+    ),
     "ips": Estimator(ips, clips=True),
     "snips": Estimator(snips, clips=True),
     "dr": Estimator(dr, needs=MODEL, clips=True),
@@ -268,10 +276,14 @@ ESTIMATORS: dict[str, Estimator] = {
     "seq_dr": Estimator(seq_dr, "episode", "trajectory", MODEL),
     "seq_sndr": Estimator(seq_sndr, "episode", "trajectory", MODEL),
     "mrdr": Estimator(seq_dr, "episode", "trajectory", MODEL),
-    "magic": Estimator(magic, "episode", "trajectory", MODEL, mergeable=False),
-    "mis": Estimator(mis, "episode", "occupancy", assumes="states are Markov"),
+    "magic": Estimator(magic, "episode", "trajectory", MODEL, mergeable=False, covers=False),
+    "mis": Estimator(
+        mis, "episode", "occupancy", assumes="states are Markov, and occupancy ratios known"
+    ),
     "drl": Estimator(drl, "episode", "occupancy", MODEL, assumes="states are Markov"),
-    "fqe": Estimator(direct, "episode", None, ("value",), assumes="the fitted Q is right"),
+    "fqe": Estimator(
+        direct, "episode", None, ("value",), covers=False, assumes="the fitted Q is right"
+    ),
 }  # fmt: skip
 
 

@@ -150,10 +150,12 @@ def usual(log: DecisionLog, targets: Mapping[str, Target], reward_model: Any) ->
     """Estimators where none are named: by evidence (`bench=ope_accuracy`) and what is there."""
     model = reward_model is not None or all(map(brings_model, targets.values()))
     if log.unit == "row":
-        return ("dr", "snips", "ips", "dm") if model else ("snips", "ips")
+        return ("sndr", "dr", "snips", "dm") if model else ("snips", "ips")
     if log.unit == "slate":
-        return ("rips", "snrips", "sips")
-    return ("wpdis", "pdis", "seq_dr", "fqe") if model else ("wpdis", "pdis")
+        return ("snrips", "rips", "sips")
+    return (
+        ("drl", "seq_sndr", "wpdis", "fqe") if model and log.has("context") else ("wpdis", "pdis")
+    )
 
 
 def brings_model(target: Target) -> bool:

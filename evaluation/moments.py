@@ -58,8 +58,8 @@ def centred_products(columns: Sequence[Array], mean: Array) -> Array:
     """
     each = range(len(columns))
     if len(columns) > FEW:
-        columns = np.ascontiguousarray(columns)
-        raw = columns @ columns.T
+        together = np.ascontiguousarray(columns)  # (M, n)
+        raw = together @ together.T
     else:
         below = [[x @ y for y in columns[: i + 1]] for i, x in enumerate(columns)]
         raw = np.array([[below[max(i, j)][min(i, j)] for j in each] for i in each])

@@ -115,4 +115,4 @@ class Groups:
 
 def stack(columns: Sequence[Array]) -> Array:
     """Columns (n,) to (n, J)."""
-    return np.stack(columns, axis=1)
+    return columns[0][:, None] if len(columns) == 1 else np.stack(columns, axis=1)
