@@ -1,6 +1,8 @@
-"""Measure how fast things are, in CPU time, so that a busy machine matters little.
+"""Measure how fast things are, in CPU time, and how right the evaluator is where truth is known.
 
 python experiments/bench.py bench=env
+python experiments/bench.py bench=ope_accuracy
+python experiments/bench.py bench=ope_speed obp=WHEEL
 """
 
 import sys
@@ -34,13 +36,12 @@ WARM_UP = 20  # steps nobody times: rows desynchronise, so that users leave at e
 
 @hydra.main(version_base="1.3", config_path=str(cli.CONF), config_name="bench")
 def main(cfg: DictConfig) -> None:
-    """Run one benchmark and print a line for each of its cases."""
+    """Run one benchmark and print its table."""
     with cli.plain_errors():
         checked(cfg)
         torch.set_num_threads(cfg.threads)
         rows = BENCHES[cfg.bench](cfg)
-        for row in rows:
-            print(line(row))
+        print(TEXTS[cfg.bench](rows))
         if cfg.out:
             write_json(Path(cfg.out), rows)
 
@@ -63,7 +64,7 @@ def bench_env(cfg: DictConfig) -> list[dict[str, Any]]:
         env.step(next(slates))
     rates = [
         cfg.users * calls_per_second(lambda: env.step(next(slates)), cfg.seconds)
-        for _ in range(cfg.repeats)
+        for _ in range(repeats_of(cfg))
     ]
     case = (
         f"RecommendVectorEnv, {cfg.users} users, {cfg['items']} items, slate {cfg.slate_size}, "
@@ -72,7 +73,47 @@ def bench_env(cfg: DictConfig) -> list[dict[str, Any]]:
     return [summary("env", case, rates, "user-slates per CPU-second")]
 
 
-BENCHES: dict[str, Callable[[DictConfig], list[dict[str, Any]]]] = {"env": bench_env}
+def bench_ope_accuracy(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Bias, RMSE, coverage and choices of every off-policy estimator in worlds of known truth."""
+    from experiments import ope_accuracy
+
+    return ope_accuracy.accuracy(repeats_of(cfg), cfg.seed, cfg.quick)
+
+
+def accuracy_text(rows: list[dict[str, Any]]) -> str:
+    """Its tables."""
+    from experiments import ope_accuracy
+
+    return ope_accuracy.text(rows)
+
+
+def bench_ope_speed(cfg: DictConfig) -> list[dict[str, Any]]:
+    """The evaluator's time against that of obp's estimators, and its memory on many files."""
+    from experiments import ope_speed
+
+    return ope_speed.speed(cfg.obp, repeats_of(cfg), cfg.seed, cfg.quick)
+
+
+def speed_text(rows: list[dict[str, Any]]) -> str:
+    """Its table."""
+    from experiments import ope_speed
+
+    return ope_speed.text(rows)
+
+
+def repeats_of(cfg: DictConfig) -> Any:
+    """As given, or as many as the benchmark needs."""
+    return REPEATS[cfg.bench] if cfg.repeats is None else cfg.repeats
+
+
+BENCHES: dict[str, Callable[[DictConfig], list[dict[str, Any]]]] = {
+    "env": bench_env, "ope_accuracy": bench_ope_accuracy, "ope_speed": bench_ope_speed,
+}  # fmt: skip
+TEXTS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
+    "env": lambda rows: "\n".join(map(line, rows)), "ope_accuracy": accuracy_text,
+    "ope_speed": speed_text,
+}  # fmt: skip
+REPEATS = {"env": 5, "ope_accuracy": 100, "ope_speed": 5}
 
 
 def calls_per_second(call: Callable[[], Any], seconds: float) -> float:
@@ -105,9 +146,11 @@ def checked(cfg: DictConfig) -> None:
     least = {"users": 1, "items": 2, "slate_size": 1, "dim": 1, "max_steps": 1, "repeats": 1,
              "threads": 1, "seed": 0}  # fmt: skip
     for key, bound in least.items():
-        value = cfg[key]
+        value = repeats_of(cfg) if key == "repeats" else cfg[key]
         if not isinstance(value, int) or isinstance(value, bool) or value < bound:
             raise ValueError(f"{key} must be a whole number of at least {bound}, got {value!r}")
+    if not isinstance(cfg.quick, bool):
+        raise ValueError(f"quick must be true or false, got {cfg.quick!r}")
     if not isinstance(cfg.seconds, int | float) or not cfg.seconds > 0:
         raise ValueError(f"seconds must be above 0, got {cfg.seconds!r}")
 

@@ -59,9 +59,11 @@ def test_time_is_that_of_the_processor() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("bench=moon", "bench must be one of env, got 'moon'"),
+        ("bench=moon", f"bench must be one of {', '.join(bench.BENCHES)}, got 'moon'"),
         ("users=0", "users must be a whole number of at least 1, got 0"),
         ("items=1.5", "items must be a whole number of at least 2, got 1.5"),
+        ("repeats=0", "repeats must be a whole number of at least 1, got 0"),
+        ("quick=7", "quick must be true or false, got 7"),
         ("seconds=0", "seconds must be above 0, got 0"),
     ],
 )
