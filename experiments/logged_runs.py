@@ -34,8 +34,9 @@ DOUBLINGS = 4  # of a baseline's temperature, at most
 RIDGE = 10.0  # decisions' worth of pull of an action's own Q to that of all: few are shown often
 TASTES = 8  # axes of the item vectors that a fitted Q sees
 CLOSE = 0.02  # relative difference that float32 may make between a probability then and now
+# no drl: its occupancies are of states that come back, and each of these is seen once
 EPISODES = ("wpdis", "pdis", "snips")  # the last is of single decisions, in the log's own states
-MODELLED = ("wpdis", "pdis", "seq_dr", "fqe", "snips")
+MODELLED = ("seq_sndr", "wpdis", "fqe", "snips")
 
 
 def run_policies(

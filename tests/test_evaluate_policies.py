@@ -102,7 +102,7 @@ def judged(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[s
     """men, random, judged, and the folder with all that it left."""
     folder = tmp_path_factory.mktemp("judged") / "run"
     words = ["campaign=men", "behaviour=random", f"log.path={shop}", f"out={folder}.json"]
-    return evaluated(folder, "estimators=[dr,snips,ips,dm]", *words), folder
+    return evaluated(folder, *words), folder
 
 
 def test_the_table_has_every_policy_by_estimator_and_compares_with_popularity(judged) -> None:
@@ -239,7 +239,7 @@ def test_the_frozen_agent_of_a_run_weighs_one_and_is_judged_by_session(run, tmp_
     assert names == ["logging", "popularity at 1", "random", "popularity", "buy_again", "item_knn"]
     assert table["about"]["unit"] == "episode"
     assert table["about"]["units"] == 600
-    row = cell(table, "logging", "pdis")
+    row = cell(table, "logging", "wpdis")
     assert row["ess"] == pytest.approx(600, rel=1e-3)
     frame = pd.read_parquet(run / "decisions")
     assert row["value"] == pytest.approx(frame["reward"].sum() / 600, rel=1e-3)
