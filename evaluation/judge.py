@@ -161,9 +161,9 @@ def usual(log: DecisionLog, targets: Mapping[str, Target], reward_model: Any) ->
 def brings_model(target: Target) -> bool:
     """Whether a target came with its value and q of the logged actions."""
     kind = target.kind
-    return isinstance(kind, Given) and None not in (
-        kind.columns["value"], kind.columns["q_logged"]
-    )  # fmt: skip
+    if not isinstance(kind, Given):
+        return False
+    return all(kind.columns[name] is not None for name in ("value", "q_logged"))
 
 
 def accumulated(

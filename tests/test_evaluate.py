@@ -536,3 +536,13 @@ def test_log_smoothing_is_for_rewards_that_are_not_negative():
     log = DecisionLog.from_arrays(action=[0, 1], reward=[-1.0, 1.0], propensity=[0.5, 0.5])
     with pytest.raises(ValueError, match="ls needs rewards of at least 0"):
         evaluate(log, {"e": Target.from_function(np.array([0.5, 0.5]))}, estimators=["ls"])
+
+
+def test_a_target_that_brings_its_model_needs_no_names_of_estimators():
+    log, pi_e, _ = logged(500)
+    _, _, _, action, _, mean = world(500)
+    rows = np.arange(500)
+    target = Target.from_probabilities(pi_e[rows, action], value=(pi_e * mean).sum(axis=1),
+                                       q_logged=mean[rows, action])  # fmt: skip
+    table = evaluate(log, {"e": target})
+    assert {r["estimator"] for r in table.rows} >= {"sndr", "dr", "snips", "dm"}
