@@ -35,6 +35,11 @@ def columns(
     """Rewards, groups and clusters, and of each policy its weights of these kinds and its model."""
     group = batch.episode if batch.episode is not None else batch.decision
     groups = Groups(group) if group is not None else None
+    if batch.episode is not None and batch.slot is not None and batch.slot.any():
+        raise ValueError(
+            "episodes of slates cannot be judged as one: leave out slot and decision and give one "
+            "row a step, or leave out episode and step and judge slates, with cluster=episode"
+        )
     out: dict[str, Any] = {
         "reward": batch.reward, "propensity": batch.propensity, "group": group, "step": batch.step,
         "cluster": batch.cluster if batch.cluster is not None else group,

@@ -12,6 +12,7 @@ CHUNK = 1 << 16  # rows of a pass that stay in the cache
 KEPT = 2000  # largest weights kept
 COMPARED = 16  # bins of a histogram that are counted by comparing
 EXPONENTS = 128  # bins of the histogram: bin e holds weights in [2^(e - 65), 2^(e - 64))
+ROUNDED = 1e-6  # by which logged float32 probabilities may miss a mean of 1
 Z999 = NormalDist().inv_cdf(0.9995)
 
 IDENTIFIED, PARTIAL, WITHHELD = "identified", "partially identified", "not identified"
@@ -237,7 +238,7 @@ def judge(sums: WeightSums, *, mean_weight_error: float | None = None) -> Diagno
     mean, error = mean_weight(sums)
     error = error if mean_weight_error is None else mean_weight_error
     low, high = mean - Z999 * error, mean + Z999 * error
-    if abs(mean - 1.0) <= 1e-9:
+    if abs(mean - 1.0) <= ROUNDED:
         z = 0.0
     else:
         z = (mean - 1.0) / error if error != 0 else math.copysign(math.inf, mean - 1.0)
@@ -289,7 +290,7 @@ def _reasons(
             f"covered mass {mass:.3f}{source} is below {COVERED}: restrict the target to items "
             "that the log shows, or log with a policy that shows its items"
         )
-    if not low - 1e-9 <= 1.0 <= high + 1e-9:
+    if not low - ROUNDED <= 1.0 <= high + ROUNDED:
         reasons.append(
             f"the mean weight {mean:.3f} is not 1 (99.9 % interval {low:.3f} to {high:.3f}): "
             "check the logged propensities, and that the log shows all that the target chooses"

@@ -6,7 +6,7 @@ cumulative W_t for episodes, the occupancy ratio for mis and drl.
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,7 +213,7 @@ def mis(r: Rows) -> Terms:
 
 def drl(r: Rows) -> Terms:
     """Double reinforcement learning (Kallus and Uehara, 2020)."""
-    return sequential.double_reinforcement(
+    return sequential.doubly_robust(  # the same form, W_t being the occupancy ratio
         r.groups, r.weight, r.reward, r.q_logged, r.value, r.gamma, r.weight_prev
     )
 
@@ -289,11 +289,17 @@ ESTIMATORS: dict[str, Estimator] = {
 
 def find(name: str) -> Estimator:
     """The estimator of that name; an unknown one is an error that names the nearest."""
-    if name not in ESTIMATORS:
-        near = difflib.get_close_matches(name, ESTIMATORS, n=1, cutoff=0.4)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown estimator {name!r}{hint}; there are: {', '.join(ESTIMATORS)}")
+    known([name], [*ESTIMATORS], "estimator")
     return ESTIMATORS[name]
+
+
+def known(names: Sequence[str], options: Sequence[str], what: str) -> None:
+    """Refuse a name that is not an option."""
+    for name in names:
+        if name not in options:
+            near = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
+            hint = f", did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown {what} {name!r}{hint}; there are: {', '.join(options)}")
 
 
 def contributions(

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 NAN = float("nan")
 FEW_EPISODES = 10.0
+FEW_REWARDS = 10.0  # effective number: below it a normal interval of a rate says little
 
 
 def diagnosed(j: "Judged") -> dict[str, dict[str, Any]]:
@@ -21,6 +22,7 @@ def diagnosed(j: "Judged") -> dict[str, dict[str, Any]]:
         for kind in j.acc.kinds:
             found[kind] = asdict(j.diagnostics(policy, kind))
             found[kind]["reasons"] = list(found[kind]["reasons"])
+            found[kind]["reasons"] += few_rewards(j.acc.weights[policy, kind])
             if kind == "trajectory" and policy in j.fits.caps:
                 found[kind]["reasons"] += short_of_breath(j.fits.caps[policy], j.log.horizon)
         weight, share = diagnostics.ccdf(j.acc.weights[policy, j.acc.kinds[0]])
@@ -44,6 +46,17 @@ def judgeable(curve: list[dict[str, float]] | None) -> list[dict[str, float]] | 
          and abs(point["mean_weight"] - 1.0) <= diagnostics.MEAN_OFF else NAN}
         for point in curve
     ]  # fmt: skip
+
+
+def few_rewards(sums: diagnostics.WeightSums) -> list[str]:
+    """How many units a value rests on, where rewards are rare and these are few."""
+    if sums.reward_low < 0 or not sums.sw2r2 > 0:
+        return []
+    units = sums.swr**2 / sums.sw2r2
+    if units >= FEW_REWARDS:
+        return []
+    return [f"the value rests on the rewards of about {units:.1f} units: intervals are narrower "
+            "than they should be; soften the policy or collect more rows"]  # fmt: skip
 
 
 def short_of_breath(cap: HorizonCap, longest: int) -> list[str]:

@@ -18,6 +18,7 @@ from evaluation.targets import Target
 from evaluation.terms import Array, Groups
 
 MOST_ROWS = 5_000_000  # of an episode log whose products of ratios are looked at by step
+LOOKED_AT = 10_000  # rows that tell whether states recur
 MOST_STEPS = 20  # that a fitted Q has a number each for; longer episodes have a curve of time
 
 
@@ -135,6 +136,11 @@ def episodes(
             out["mrdr.q_logged"], out["mrdr.value"] = mrdr.fit_predict(*fit, batch.propensity)
     occupancy = any(ESTIMATORS[name].weight == "occupancy" for name in names)
     if occupancy and (logged.marginal is None or batch.marginal is None):
+        if not recurring(batch):
+            raise ValueError(
+                "mis and drl weigh states, and most states of this log are seen once: coarsen the "
+                "context, or use seq_sndr"
+            )
         ratio = step_ratio(batch, logged)
         _, code = np.unique(state(batch), axis=0, return_inverse=True)
         out["occupancy_weight"] = sequential.marginal_state_action_weights(
@@ -151,6 +157,16 @@ def state(batch: Batch) -> Array:
             "target value, q_logged and marginal"
         )
     return batch.context
+
+
+def states_recur(log: DecisionLog) -> bool:
+    """Whether occupancies of states can be told from the first rows of a log."""
+    return recurring(next(iter(log.batches(LOOKED_AT))))
+
+
+def recurring(batch: Batch) -> bool:
+    """Whether a state is seen twice on average, or more."""
+    return 2 * len(np.unique(state(batch), axis=0)) <= len(batch.rows)
 
 
 def timed(context: Array, groups: Groups) -> Array:

@@ -1,6 +1,5 @@
 """From this log, how good would these policies be, how sure are we, can the log answer at all?"""
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +9,12 @@ from tqdm import tqdm
 
 from evaluation.accumulate import Accumulator
 from evaluation.columns import Fits, columns, rows_where
-from evaluation.estimators import ESTIMATORS, find, parse
-from evaluation.fits import fitted, propensities, unsorted
+from evaluation.estimators import ESTIMATORS, find, known, parse
+from evaluation.fits import fitted, propensities, states_recur, unsorted
 from evaluation.log import DecisionLog
 from evaluation.report import Table
 from evaluation.shape import SHAPES
-from evaluation.target_kinds import Given
+from evaluation.target_kinds import AgentPolicy, Given
 from evaluation.targets import Target
 from evaluation.terms import Array
 from evaluation.verdicts import Judged, judged
@@ -117,6 +116,8 @@ def asked(
     known([pooling], ("pooled", "weighted"), "pooling")
     if pooling == "weighted" and not log.has("logger"):
         raise ValueError("pooling='weighted' combines loggers: give the log logger=(n,)")
+    if pooling == "weighted" and not log.has("propensity"):
+        raise ValueError("pooling='weighted' needs the propensities of each logger: give them")
     if baseline is not None:
         known([baseline], list(targets), "baseline")
     if not 0 < alpha < 1:
@@ -137,15 +138,6 @@ def remedy(unit: str) -> str:
     return "give it decision and slot" if unit == "slate" else "give it episode and step"
 
 
-def known(names: Sequence[str], options: Sequence[str], what: str) -> None:
-    """Refuse a name that is not an option."""
-    for name in names:
-        if name not in options:
-            near = difflib.get_close_matches(name, options, n=1, cutoff=0.4)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown {what} {name!r}{hint}; there are: {', '.join(options)}")
-
-
 def usual(log: DecisionLog, targets: Mapping[str, Target], reward_model: Any) -> tuple[str, ...]:
     """Estimators where none are named: by evidence (`bench=ope_accuracy`) and what is there."""
     model = reward_model is not None or all(map(brings_model, targets.values()))
@@ -153,9 +145,9 @@ def usual(log: DecisionLog, targets: Mapping[str, Target], reward_model: Any) ->
         return ("sndr", "dr", "snips", "dm") if model else ("snips", "ips")
     if log.unit == "slate":
         return ("snrips", "rips", "sips")
-    return (
-        ("drl", "seq_sndr", "wpdis", "fqe") if model and log.has("context") else ("wpdis", "pdis")
-    )
+    if not (model and log.has("context")):
+        return ("wpdis", "pdis")
+    return (*(("drl",) if states_recur(log) else ()), "seq_sndr", "wpdis", "fqe")
 
 
 def brings_model(target: Target) -> bool:
@@ -166,12 +158,21 @@ def brings_model(target: Target) -> bool:
     return all(kind.columns[name] is not None for name in ("value", "q_logged"))
 
 
+def has_model(target: Target, fits: Fits) -> bool:
+    """Whether a value of the target is at hand for every row."""
+    return brings_model(target) or (
+        fits.reward is not None and not isinstance(target.kind, Given | AgentPolicy)
+    )
+
+
 def accumulated(
     log: DecisionLog, targets: Mapping[str, Target], question: Question, fits: Fits,
     batch_rows: int = BATCH, progress: bool = False,
 ) -> list[Accumulator]:  # fmt: skip
     """One pass over the log: sums of all rows, or of each logger's where they are pooled later."""
     summed = [e for e in question.estimators if e not in (*SHAPES, "cressie_read")]
+    if log.unit == "row" and all(has_model(target, fits) for target in targets.values()):
+        summed += ["dm"] * ("dm" not in summed)  # for where the log does not identify a value
     whole = not all(ESTIMATORS[parse(e)[0]].mergeable for e in summed)
     kinds = [PRIMARY[log.unit]]
     used = [ESTIMATORS[name] for name in question.names]

@@ -70,19 +70,6 @@ def doubly_robust(
     return plain(groups.sum(discounts(groups, gamma) * row))
 
 
-def double_reinforcement(
-    groups: Groups,
-    weight: Array,
-    reward: Array,
-    q_logged: Array,
-    value: Array,
-    gamma: float,
-    weight_prev: Array | None = None,
-) -> Terms:
-    """`doubly_robust` with marginal state-action ratios as weights (Kallus & Uehara, 2020)."""
-    return doubly_robust(groups, weight, reward, q_logged, value, gamma, weight_prev)
-
-
 def weighted_doubly_robust(
     groups: Groups,
     weight: Array,

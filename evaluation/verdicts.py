@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 NAN = math.nan
 ORDER = (IDENTIFIED, PARTIAL, WITHHELD)  # from best to worst
 SHOWN = ("ess", "covered_mass", "mean_weight", "max_share", "pareto_k", "verdict")
-PLAIN_ONLY = ("hoeffding", "empirical_bernstein", "confidence_sequence")
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,11 @@ class Judged:
         """A row of the table; the verdict is that of the weights of this kind."""
         weights = self.diagnostics(policy, kind)
         shown = {key: getattr(weights, key) for key in SHOWN}
+        known = ESTIMATORS.get(name)
+        single = known is not None and known.unit == "row" and known.weight is not None
         blank = {"value": NAN, "std_error": NAN, "low": NAN, "high": NAN, "interval": "",
-                 "lam": None, "n": weights.n}  # fmt: skip
+                 "lam": None, "n": weights.n,
+                 "per": "row" if single and self.log.unit != "row" else ""}  # fmt: skip
         return {"policy": policy, "estimator": name, **blank, **numbers, **shown, "note": note}
 
     def withheld(self, policy: str, name: str) -> bool:
@@ -155,6 +157,9 @@ def estimator_rows(j: Judged, policy: str, key: Key) -> Iterator[dict[str, Any]]
     if estimator.weight is None:
         note = f"model only, its own error is unknown, so no interval; {note}"
     kind = weighed(name)
+    if estimator.unit == "row" and j.log.unit == "episode" and kind is not None:
+        said = "of single decisions, in the states that the log reached"
+        note = "; ".join(filter(None, [note, said]))
     if j.withheld(policy, name):
         numbers = {"lam": lam, "n": estimate.n, "interval": "withheld"}
         yield j.row(policy, name, numbers, kind, note)
@@ -213,8 +218,8 @@ def bootstrapped(j: Judged, policy: str, sums: Sums) -> tuple[float, float]:
 
 
 def empirical_likelihood(j: Judged, policy: str) -> tuple[float, float]:
-    """Cressie-Read interval of the primary weights: twice the largest seen may still come."""
-    sums = j.acc.weights[policy, j.acc.kinds[0]]
+    """Cressie-Read interval of rows: weights of twice the largest seen may still come."""
+    sums = j.acc.weights[policy, "action"]
     least, most = j.log.reward_range
     if not least < most:
         return NAN, NAN
@@ -225,7 +230,7 @@ def empirical_likelihood(j: Judged, policy: str) -> tuple[float, float]:
 
 def cressie_read_rows(j: Judged, policy: str) -> Iterator[dict[str, Any]]:
     """Empirical likelihood's estimate and its own interval."""
-    kind = j.acc.kinds[0]
+    kind = "action"
     if j.diagnostics(policy, kind).verdict != IDENTIFIED:
         yield j.row(policy, "cressie_read", {"interval": "withheld"}, kind)
         return
@@ -243,10 +248,16 @@ def instead(j: Judged, policy: str) -> Iterator[dict[str, Any]]:
     primary = j.primary(policy)
     if primary.verdict == IDENTIFIED:
         return
+    if "dm" not in j.question.estimators and ("dm", None) in j.acc.sums:
+        yield from estimator_rows(j, policy, ("dm", None))
     kind = j.acc.kinds[0]
     sums = j.acc.weights[policy, kind]
     error = math.sqrt(max(sums.sw2r2 / sums.n - (sums.swr / sums.n) ** 2, 0.0) / sums.n)
-    covered = (primary.covered_low, primary.covered_high)
+    if j.acc.clustered and ("ips", None) in j.acc.sums:
+        error = max(error, j.estimate(policy, "ips", None).std_error)
+    # what the weights did not bring to light counts as missing, be it covered or not
+    seen = min(primary.covered_low, max(primary.mean_weight_low, 0.0))
+    covered = (seen, max(seen, min(primary.covered_high, primary.mean_weight_high)))
     least, most = worst(j)
     low, high = diagnostics.bounds(sums.swr / sums.n, covered, (least, most), std_error=error,
                                    alpha=j.question.alpha)  # fmt: skip
@@ -268,14 +279,14 @@ def worst(j: Judged) -> tuple[float, float]:
 def differences(j: Judged, chosen: dict[tuple[str, str], Key]) -> list[dict[str, Any]]:
     """Each policy against the baseline on the same rows; Holm's steps over the policies compared.
 
-    Not of models alone, nor of estimators whose lambda was chosen on this log: what is wrong with
-    them would pass for a difference.
+    Not of estimators whose own error is unknown, as of models alone and of lambdas chosen on this
+    log: what is wrong with them would pass for a difference.
     """
     baseline = j.question.baseline
     out: list[dict[str, Any]] = []
     for spec in j.question.estimators if baseline is not None else ():
         pairs = [(p, *chosen[p, spec]) for p in j.targets if p != baseline and (p, spec) in chosen]
-        if pairs and len(list(expanded(spec))) == 1 and weighed(pairs[0][1]):
+        if pairs and len(list(expanded(spec))) == 1 and ESTIMATORS[pairs[0][1]].covers:
             gaps = [difference(j, policy, name, lam) for policy, name, lam in pairs]
             adjusted = intervals.holm(np.array([gap["p_value"] for gap in gaps]))
             out += [{**g, "p_holm": float(p)} for g, p in zip(gaps, adjusted, strict=True)]

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 IDENTIFIED, PARTIAL, NOT = "identified", "partially identified", "not identified"
 MODELS = ("dm", "fqe")  # answer without weights, so of any policy, as well as their model does
-HEADLINE = ("dr", "cascade_dr", "seq_dr", "drl")  # first to be quoted where there are several
+# first to be quoted where there are several: in the order in which bench=ope_accuracy has them
+HEADLINE = ("sndr", "dr", "snrips", "cascade_dr", "drl", "seq_sndr", "seq_dr")
 DISTRIBUTION = ("cdf", "quantile", "cvar")
 WIDTH = 110  # of the text
 
@@ -100,7 +101,7 @@ def label(row: Row) -> str:
     """An estimator, its lambda, and whether it is a model alone."""
     lam = f" (lam {number(row['lam'], 3)})" if present(row.get("lam")) else ""
     only = ", model only" if of_model(row) else ""
-    return f"{row['estimator']}{lam}{only}"
+    return f"{row['estimator']}{lam}{only}{each(row)}"
 
 
 def of_mean(row: Row) -> bool:
@@ -126,7 +127,13 @@ def quoted(table: "Table", policy: str) -> Row | None:
     rows = [row for row in rows if present(row["value"])]
     weighted = [row for row in rows if not of_model(row)]
     first = [row for name in HEADLINE for row in weighted if row["estimator"] == name]
-    return next(iter(first + weighted + rows), None)
+    # what is of the log's own units before what is of its rows
+    return next(iter(sorted(first + weighted, key=lambda row: bool(row.get("per"))) + rows), None)
+
+
+def each(row: Row) -> str:
+    """Of what the value is, where it is not of the log's own units."""
+    return f" per {row['per']}" if row.get("per") else ""
 
 
 def sentence(table: "Table", policy: str) -> str:
@@ -139,7 +146,8 @@ def sentence(table: "Table", policy: str) -> str:
         if row is None:
             return f"The log could identify the value of {name}, no estimator gave a number."
         only = " alone, a model of the rewards" if of_model(row) else ""
-        return f"The log identifies the value of {name}: {told} by {row['estimator']}{only}."
+        by = f"{row['estimator']}{only}{each(row)}"
+        return f"The log identifies the value of {name}: {told} by {by}."
     begin = f"The log cannot tell the value of {name}"
     if verdict == PARTIAL:
         begin = f"The log tells the value of {name} only in part"
@@ -151,7 +159,8 @@ def sentence(table: "Table", policy: str) -> str:
         for o in others if of_model(o) and present(o["value"])
     ]  # fmt: skip
     if row is not None and not of_model(row):
-        parts.append(f"{row['estimator']}, which assumes more, gives {told}")
+        more = "" if row.get("per") else ", which assumes more,"
+        parts.append(f"{row['estimator']}{more} gives {told}{each(row)}")
     said = "; ".join(dict.fromkeys(part for part in parts if part))
     return f"{begin}: {said}." if said else f"{begin}."
 
@@ -164,7 +173,8 @@ def why(table: "Table", policy: str) -> str:
     if kind is None:
         return ""
     mass = kind.get("covered_mass")
-    if present(mass) and mass < 0.99:
+    most = kind.get("covered_high")
+    if present(mass) and mass < 0.99 and (not present(most) or most < 0.99):
         about = "" if kind.get("covered_exact") else "about "
         return f"{about}{percent(mass)} of what it would show was ever shown"
     return legible(next(iter(kind["reasons"]), "")).rstrip(".")

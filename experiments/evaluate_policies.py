@@ -89,7 +89,8 @@ def write(table: Table, folder: Path) -> None:
     with SummaryWriter(str(folder / "tensorboard")) as writer:
         writer.add_custom_scalars(margin_chart_layout(table))
         for tag, value in margin_chart_scalars(table).items():
-            writer.add_scalar(tag, value, 0)
+            for rows in (0, table.about["rows"]):  # a band needs two points to be seen
+                writer.add_scalar(tag, value, rows)
 
 
 def named(cfg: DictConfig) -> DictConfig:

@@ -20,7 +20,7 @@ def filled(*batches, **options):
     return acc
 
 
-def same(one, two):
+def assert_same(one, two):
     for key, estimate in one.result().items():
         other = two.result()[key]
         assert other.value == pytest.approx(estimate.value, rel=1e-12)
@@ -34,9 +34,9 @@ SPEC = ["ips", "snips", "dr", "sndr", "dros", "switch_dr(lam=2)"]
 def test_merging_is_the_same_whatever_the_brackets_and_the_order():
     parts = [filled(batch(seed), estimators=SPEC) for seed in range(3)]
     left, right = (parts[0] + parts[1]) + parts[2], parts[0] + (parts[1] + parts[2])
-    same(left, right)
-    same(left, parts[2] + parts[0] + parts[1])
-    same(left, filled(*(batch(seed) for seed in range(3)), estimators=SPEC))
+    assert_same(left, right)
+    assert_same(left, parts[2] + parts[0] + parts[1])
+    assert_same(left, filled(*(batch(seed) for seed in range(3)), estimators=SPEC))
 
 
 def test_blocks_do_not_depend_on_where_batches_end():
@@ -150,10 +150,19 @@ def test_episodes_add_up_over_batches_as_over_one():
     cut = int(np.searchsorted(group, 123))
     halves = [{k: v[s] for k, v in columns.items()} for s in (slice(cut), slice(cut, None))]
     options = {"estimators": names, "gamma": 0.9, "horizon": 5}
-    same(filled(columns, **options), filled(*halves, **options))
-    same(filled(columns, **options), filled(halves[0], **options) + filled(halves[1], **options))
+    assert_same(filled(columns, **options), filled(*halves, **options))
+    assert_same(
+        filled(columns, **options), filled(halves[0], **options) + filled(halves[1], **options)
+    )
     given = {k: columns[k] for k in ("reward", "weight", "q_logged", "value")}
     for name in names:
         want = contributions(name, **given, group=group, step=step, gamma=0.9).mean()
         got = filled(columns, **options).result()["policy", name, None].value
         assert got == pytest.approx(want, rel=1e-9)
+
+
+def test_the_error_of_a_few_clusters_is_that_of_their_means():
+    given = {"reward": np.repeat([1.0, 4.0, 2.0], 5), "weight": np.ones(15),
+             "cluster": np.repeat([3, 1, 8], 5)}  # fmt: skip
+    found = filled(given, estimators=["ips"], clustered=True).result()["policy", "ips", None]
+    assert found.std_error == pytest.approx(np.std([1.0, 4.0, 2.0], ddof=1) / 3**0.5, rel=1e-12)

@@ -247,3 +247,9 @@ def test_the_accumulator_does_not_see_where_batches_end(sizes, name):
     found = acc.result()["policy", name, None]
     assert found.value == pytest.approx(contributions(name, **given_).mean(), rel=1e-9, abs=1e-12)
     assert found.n == n
+
+
+def test_a_weight_of_just_lambda_is_kept_by_switching():
+    got = contributions("switch_dr", weight=[2.0, 2.1], reward=[1.0, 1.0], q_logged=[0.0, 0.0],
+                        value=[0.5, 0.5], lam=2.0)  # fmt: skip
+    assert got.tolist() == [2.5, 0.5]

@@ -1,13 +1,11 @@
 """evaluate(): verdicts by support, stored values through the public door, what it refuses."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from evaluation import DecisionLog, RewardModel, Target, evaluate
-from evaluation.fqe import FittedQ
 
 OPE = Path(__file__).parent / "data" / "ope"
 IDENTIFIED, PARTIAL, WITHHELD = "identified", "partially identified", "not identified"
@@ -209,107 +207,6 @@ def test_a_scan_of_parquet_says_what_the_arrays_say(tmp_path):
         assert one["high"] == pytest.approx(two["high"], rel=1e-12)
 
 
-def conditional(prefix, k=3):
-    """Probabilities given the items above, from those of prefixes."""
-    p = prefix.reshape(-1, k).copy()
-    p[:, 1:] /= prefix.reshape(-1, k)[:, :-1]
-    return p.ravel()
-
-
-@pytest.mark.parametrize(
-    "name", ["slate_cascade_additive_ranking", "slate_independent_factorizable"]
-)
-def test_slates_meet_their_stored_values(name):
-    z = np.load(OPE / f"{name}.npz")
-    found = json.loads((OPE / f"{name}.json").read_text())["expected"]
-    q, pi = z["q_hat"].reshape(-1, 6), z["e_action_dist"].reshape(-1, 6)
-    times = 4  # the log four times over: identified, values as before
-    each = {k: np.tile(v, times) for k, v in {
-        "action": z["action"], "reward": z["reward"],
-        "propensity": conditional(z["pscore_cascade"]),
-        "slot": z["position"], "marginal": z["pscore_item_position"], "joint": z["pscore"],
-    }.items()}  # fmt: skip
-    log = DecisionLog.from_arrays(decision=np.repeat(np.arange(300 * times), 3), **each)
-    target = Target.from_probabilities(
-        np.tile(conditional(z["e_pscore_cascade"]), times),
-        value=np.tile((q * pi).sum(axis=1), times),
-        q_logged=np.tile(q[np.arange(900), z["action"]], times),
-        marginal=np.tile(z["e_pscore_item_position"], times),
-    )
-    ours = {"sips": "sips", "iips": "iips", "rips": "rips", "snsips": "snsips",
-            "sniips": "sniips", "snrips": "snrips", "cascade_dr": "cascade-dr"}  # fmt: skip
-    table = evaluate(log, {"e": target}, estimators=list(ours))
-    shown = 0
-    for mine, theirs in ours.items():
-        row = of(table, "e", mine)
-        if row["verdict"] == IDENTIFIED:
-            assert row["value"] == pytest.approx(found[theirs]["value"], rel=1e-9)
-            shown += 1
-    assert shown == (7 if "independent" in name else 2)  # the other log's weights average 1.16
-
-
-def test_the_product_form_of_pi_is_refused_for_slots_that_depend_on_each_other():
-    z = np.load(OPE / "slate_cascade_additive_ranking.npz")
-    log = DecisionLog.from_arrays(
-        action=z["action"], reward=z["reward"], propensity=conditional(z["pscore_cascade"]),
-        decision=z["slate_id"], slot=z["position"], marginal=z["pscore_item_position"],
-    )  # fmt: skip
-    target = Target.from_probabilities(conditional(z["e_pscore_cascade"]),
-                                       marginal=z["e_pscore_item_position"])  # fmt: skip
-    with pytest.raises(ValueError, match="slots that are drawn independently"):
-        evaluate(log, {"e": target}, estimators=["pi"])
-
-
-def episodes(context=True):
-    z = np.load(OPE / "sequential_tabular.npz")
-    return z, DecisionLog.from_arrays(
-        action=z["action"].ravel(), reward=z["reward"].ravel(), propensity=z["pscore"],
-        episode=np.repeat(np.arange(300), 5), step=np.tile(np.arange(5), 300),
-        context=np.eye(6)[z["state"].ravel()] if context else None, marginal=np.full(1500, 0.01),
-    )  # fmt: skip
-
-
-def test_episodes_meet_their_right_stored_values():
-    z, log = episodes()
-    rows, pi = np.arange(1500), z["eval_action_dist"]
-    target = Target.from_probabilities(
-        pi[rows, z["action"].ravel()], value=(pi * z["q_hat"]).sum(axis=1),
-        q_logged=z["q_hat"][rows, z["action"].ravel()], marginal=0.01 * z["w_state_action"],
-    )  # fmt: skip
-    table = evaluate(log, {"e": target}, estimators=["mis", "drl", "dm", "pdis"], gamma=0.9)
-    assert of(table, "e", "drl")["value"] == pytest.approx(2.25219, abs=5e-6)
-    assert of(table, "e", "mis")["value"] == pytest.approx(2.17529, abs=5e-6)  # without q
-    assert of(table, "e", "dm")["value"] == pytest.approx(2.26514, abs=5e-6)
-    assert of(table, "e", "pdis")["verdict"] == PARTIAL  # effective episodes: 8 of 300
-    assert np.isnan(of(table, "e", "pdis")["value"])
-
-
-def test_a_fitted_q_knows_the_time_left():
-    """Without the step as part of the state its value at the start is that of an average step."""
-    z, log = episodes()
-    target = Target.from_function(lambda x: z["pi_b"][x.argmax(axis=1)])
-    table = evaluate(log, {"b": target}, estimators=["fqe", "pdis"], gamma=0.9,
-                     reward_model=FittedQ(gamma=0.9))  # fmt: skip
-    mean = of(table, "b", "pdis")["value"]
-    assert of(table, "b", "fqe")["value"] == pytest.approx(mean, rel=0.03)
-
-
-def test_quantiles_of_the_logging_policy_are_those_of_the_log():
-    rng = np.random.default_rng(0)
-    reward = rng.integers(10, size=5000).astype(float)
-    log = DecisionLog.from_arrays(action=rng.integers(3, size=5000), reward=reward,
-                                  propensity=np.full(5000, 1 / 3))  # fmt: skip
-    target = {"u": Target.from_function(np.full(3, 1 / 3))}
-    table = evaluate(log, target, estimators=["quantiles", "cvar", "cdf"])
-    for level in (0.1, 0.25, 0.5, 0.75, 0.9):
-        want = np.quantile(reward, level, method="inverted_cdf")
-        assert of(table, "u", f"quantile({level:g})")["value"] == want
-    worst = np.sort(reward)[:1250].mean()
-    assert of(table, "u", "cvar(0.25)")["value"] == pytest.approx(worst, rel=1e-9)
-    assert of(table, "u", "cdf(4)")["value"] == pytest.approx((reward <= 4).mean(), rel=1e-9)
-    assert of(table, "u", "cvar(0.5)")["low"] < of(table, "u", "cvar(0.5)")["value"]
-
-
 def test_clusters_widen_the_interval_of_repeated_users():
     x, taste, pi_b, action, reward, _ = world(1000)
     p = pi_b[np.arange(1000), action]
@@ -411,118 +308,6 @@ def test_importing_the_evaluator_does_not_import_torch():
     assert out.stdout.strip() == "[]", out.stderr
 
 
-def two_loggers(n=6000, seed=0):
-    """A near-uniform and a sharp logger of the same contexts, and both propensities (n, 2)."""
-    rng = np.random.default_rng(seed)
-    x, taste = rng.normal(size=(n, 3)), np.random.default_rng(99).normal(size=(3, 5))
-    both = np.stack([softmax(x @ taste * 0.2), softmax(-x @ taste)], axis=1)  # (n, 2, A)
-    logger = (rng.random(n) < 0.3).astype(int)
-    pi_b = both[np.arange(n), logger]
-    action = (pi_b.cumsum(axis=1) < rng.random(n)[:, None]).sum(axis=1)
-    mean = 1.0 / (1.0 + np.exp(-(x @ taste) * 0.5))
-    reward = (rng.random(n) < mean[np.arange(n), action]).astype(float)
-    pi_e = softmax(x @ taste * 0.6)
-    own = both[np.arange(n), :, action]  # (n, 2)
-    given = {"action": action, "reward": reward, "logger": logger}
-    return given, own, pi_e, (pi_e * mean).sum(axis=1).mean()
-
-
-def test_loggers_are_pooled_by_their_shares_or_by_their_precision():
-    given, own, pi_e, truth = two_loggers()
-    rows = np.arange(len(own))
-    target = {"e": Target.from_matrix(pi_e)}
-
-    def ask(propensity, pooling="pooled"):
-        log = DecisionLog.from_arrays(**given, propensity=propensity)
-        return of(evaluate(log, target, estimators=["ips"], pooling=pooling), "e", "ips")
-
-    naive = ask(own[rows, given["logger"]])
-    balanced = ask(own)
-    weighted = ask(own[rows, given["logger"]], "weighted")
-    for row in (balanced, weighted):
-        assert row["low"] < truth < row["high"]
-        assert row["std_error"] < naive["std_error"]
-    share = np.bincount(given["logger"]) / len(own)
-    assert balanced["value"] == pytest.approx(
-        (given["reward"] * pi_e[rows, given["action"]] / (own @ share)).mean(), rel=1e-9
-    )
-
-
-def test_weighted_pooling_is_the_inverse_variance_mean_of_the_loggers():
-    given, own, pi_e, _ = two_loggers()
-    rows = np.arange(len(own))
-    p = own[rows, given["logger"]]
-    log = DecisionLog.from_arrays(**given, propensity=p)
-    table = evaluate(log, {"e": Target.from_matrix(pi_e)}, estimators=["ips"], pooling="weighted")
-    w = pi_e[rows, given["action"]] / p * given["reward"]
-    parts = [w[given["logger"] == j] for j in (0, 1)]
-    precision = np.array([len(x) / x.var(ddof=1) for x in parts])
-    row = of(table, "e", "ips")
-    want = precision @ [x.mean() for x in parts] / precision.sum()
-    assert row["value"] == pytest.approx(want, rel=1e-9)
-    assert row["std_error"] == pytest.approx(precision.sum() ** -0.5, rel=1e-9)
-    with pytest.raises(ValueError, match="give the log logger"):
-        evaluate(logged(100)[0], {"e": Target.from_matrix(logged(100)[1])}, pooling="weighted")
-
-
-def test_a_softened_list_has_exact_marginals_for_iips():
-    """Three of five items drawn one after the other: its marginals by counting all lists."""
-    rng = np.random.default_rng(0)
-    slates, k = 4000, 3
-    action = np.stack([rng.permutation(5)[:k] for _ in range(slates)]).ravel()  # uniform lists
-    slot = np.tile(np.arange(k), slates)
-    worth = np.array([0.1, 0.3, 0.5, 0.7, 0.9])
-    reward = (rng.random(slates * k) < worth[action]).astype(float)
-    log = DecisionLog.from_arrays(
-        action=action, reward=reward, propensity=1.0 / (5 - slot),
-        marginal=np.full(slates * k, 0.2), decision=np.repeat(np.arange(slates), k), slot=slot,
-    )  # fmt: skip
-    target = Target.from_ranker(worth, k=k).soften(temperature=1.0)
-    table = evaluate(log, {"e": target}, estimators=["iips", "rips", "sips"])
-    values = {name: of(table, "e", name) for name in ("iips", "rips", "sips")}
-    assert values["iips"]["std_error"] < values["sips"]["std_error"]
-    scores = (worth - worth.mean()) / worth.std()
-    first = np.exp(scores) / np.exp(scores).sum()
-    truth = 0.0
-    from itertools import permutations
-
-    for ranking in permutations(range(5), k):
-        chance, left = 1.0, 1.0
-        for item in ranking:
-            chance, left = chance * first[item] / left, left - first[item]
-        truth += chance * worth[list(ranking)].sum()
-    for row in values.values():
-        assert row["low"] < truth < row["high"]
-
-
-def test_long_episodes_say_for_how_many_steps_the_ratios_reach():
-    rng = np.random.default_rng(0)
-    episodes_, steps = 400, 40
-    action = rng.integers(2, size=episodes_ * steps)
-    log = DecisionLog.from_arrays(
-        action=action, reward=rng.random(len(action)), propensity=np.full(len(action), 0.5),
-        episode=np.repeat(np.arange(episodes_), steps), step=np.tile(np.arange(steps), episodes_),
-        context=np.ones((len(action), 1)),
-    )  # fmt: skip
-    table = evaluate(log, {"e": Target.from_function(np.array([0.2, 0.8]))},
-                     estimators=["pdis"], gamma=0.95)  # fmt: skip
-    found = table.diagnostics("e")
-    assert 0 < found["horizon"]["horizon"] < 20
-    assert any("100 effective episodes are left for" in r for r in
-               found["kinds"]["trajectory"]["reasons"])  # fmt: skip
-    assert of(table, "e", "pdis")["verdict"] == PARTIAL
-
-
-def test_estimates_do_not_depend_on_what_else_is_asked():
-    z, log = episodes()
-    target = {"b": Target.from_function(lambda x: z["pi_b"][x.argmax(axis=1)])}
-    alone = evaluate(log, target, estimators=["mis"], gamma=0.9)
-    beside = evaluate(log, target, estimators=["mis", "drl", "fqe", "mrdr"], gamma=0.9)
-    assert of(beside, "b", "mis")["value"] == pytest.approx(
-        of(alone, "b", "mis")["value"], rel=1e-12
-    )
-
-
 def test_a_model_alone_has_no_interval():
     log, pi_e, _ = logged(500)
     table = evaluate(log, {"e": Target.from_matrix(pi_e)}, reward_model=RewardModel())
@@ -546,3 +331,66 @@ def test_a_target_that_brings_its_model_needs_no_names_of_estimators():
                                        q_logged=mean[rows, action])  # fmt: skip
     table = evaluate(log, {"e": target})
     assert {r["estimator"] for r in table.rows} >= {"sndr", "dr", "snips", "dm"}
+
+
+def test_the_model_speaks_where_the_log_cannot_though_nobody_asked_it():
+    log, pi_e, _ = logged(shown=3)
+    table = evaluate(log, {"e": Target.from_matrix(pi_e)}, estimators=["ips"],
+                     reward_model=RewardModel())  # fmt: skip
+    assert [r["estimator"] for r in table.rows] == ["ips", "dm", "bounds"]
+    assert np.isfinite(of(table, "e", "dm")["value"])
+
+
+def test_float32_propensities_do_not_fail_the_mean_weight():
+    n = 4000
+    p = np.random.default_rng(0).random(n) * 0.5 + 0.25
+    action, reward = np.zeros(n, dtype=int), np.random.default_rng(1).random(n)
+    log = DecisionLog.from_arrays(action=action, reward=reward, propensity=p.astype(np.float32))
+    target = Target.from_probabilities(p * (1 + 4e-8))
+    assert of(evaluate(log, {"b": target}), "b", "snips")["verdict"] == IDENTIFIED
+
+
+def test_a_value_that_rests_on_a_few_rewards_is_said_to():
+    n = 3000
+    reward = np.zeros(n)
+    reward[:4] = 1.0
+    log = DecisionLog.from_arrays(action=np.zeros(n, dtype=int), reward=reward,
+                                  propensity=np.full(n, 0.5))  # fmt: skip
+    table = evaluate(log, {"b": Target.from_probabilities(np.full(n, 0.5))})
+    assert of(table, "b", "snips")["verdict"] == IDENTIFIED
+    assert "the value rests on the rewards of about 4.0 units" in " ".join(str(table).split())
+
+
+def test_what_is_withheld_is_one_row_an_estimator_and_says_so():
+    log, pi_e, _ = logged(shown=3)
+    table = evaluate(log, {"e": Target.from_matrix(pi_e)}, estimators=["ips", "snips"],
+                     intervals=["clt", "bootstrap"])  # fmt: skip
+    found = [(r["estimator"], r["interval"]) for r in table.rows]
+    assert found == [("ips", "withheld"), ("snips", "withheld"), ("bounds", "worst case")]
+
+
+def test_the_curve_of_a_softened_ranker_withholds_what_its_weights_cannot_tell():
+    log, pi_e, _ = logged(800, sharp=0.8)
+    target = Target.from_ranker(-pi_e).soften(ess=120)
+    curve = evaluate(log, {"e": target}).diagnostics("e")["curve"]
+    fit = [p["ess"] >= 100 and abs(p["mean_weight"] - 1) <= 0.1 for p in curve]
+    assert {True, False} == set(fit)
+    assert [np.isfinite(p["value"]) for p in curve] == fit
+
+
+def test_bounds_hold_the_truth_where_covered_choices_were_hardly_ever_seen():
+    """All is covered, yet 400 rows show the target's item once or never: its propensity is .002."""
+    held = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        action = (rng.random(400) < 0.002).astype(int)
+        reward = (rng.random(400) < np.where(action == 1, 0.9, 0.1)).astype(float)
+        pi_b = np.tile([0.998, 0.002], (400, 1))
+        log = DecisionLog.from_arrays(
+            action=action, reward=reward, propensity=pi_b[np.arange(400), action],
+            support=pi_b > 0, reward_range=(0.0, 1.0),
+        )  # fmt: skip
+        table = evaluate(log, {"e": Target.from_function(np.array([0.1, 0.9]))})
+        row = of(table, "e", "bounds")
+        held += row["low"] <= 0.82 <= row["high"]
+    assert held >= 190

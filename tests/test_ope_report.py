@@ -24,6 +24,7 @@ SECRETS = ("87654", "8765", "877", "54321", "5432", "543")  # as they would be p
 
 def kind(verdict: str, **facts: Any) -> dict[str, Any]:
     """Diagnostics of one kind of weights."""
+    facts = {"covered_high": facts.get("covered_mass", 1.0), **facts}
     return {
         "n": 20_000, "ess": 2346.0, "mean_weight": 1.003, "mean_weight_low": 0.98,
         "mean_weight_high": 1.02, "z": 0.4, "max_share": 0.004, "max_weight": 12.0,

@@ -134,7 +134,7 @@ def test_the_stored_estimates_are_matched(stored):
 
 def test_the_estimates_that_peers_store_wrong_are_right_here(stored):
     groups, r, gamma, q, v = (stored[k] for k in ("groups", "reward", "gamma", "q", "v"))
-    drl = seq.double_reinforcement(groups, stored["marginal"], r, q, v, gamma)
+    drl = seq.doubly_robust(groups, stored["marginal"], r, q, v, gamma)
     assert estimate(drl) == pytest.approx(2.25219, abs=5e-6)  # discounted
     for k, plain, weighted in ((0, 2.25219, 2.2569), (1, 2.29749, 2.2809), (2, 2.37407, 2.3538)):
         w = seq.sope_weights(groups, stored["marginal"], stored["ratio"], k)
@@ -189,7 +189,7 @@ def test_marginal_ratios_are_unbiased_whatever_the_model(world):
     for terms in (
         seq.marginalised(g, w, r, GAMMA),
         seq.marginalised(g, w, r, GAMMA, *model),
-        seq.double_reinforcement(g, w, r, *model, GAMMA),
+        seq.doubly_robust(g, w, r, *model, GAMMA),
         seq.pdis(g, seq.sope_weights(g, w, world.ratio, 1), r, GAMMA),
         seq.pdis(g, seq.sope_weights(g, w, world.ratio, 2), r, GAMMA),
     ):

@@ -323,3 +323,15 @@ def test_a_target_of_another_log_is_refused(target, words):
 def test_wrong_answers_are_refused_when_they_come(target, words):
     with pytest.raises(ValueError, match=words):
         target.logged(whole(bandit()[0]))
+
+
+def test_rows_of_float32_may_miss_one_by_what_rounding_adds_up_to() -> None:
+    pi = np.random.default_rng(0).random((50, 2000)).astype(np.float32)
+    pi /= pi.sum(axis=1, keepdims=True)
+    pi[7] *= np.float32(1 + 5e-6)
+    assert Target.from_matrix(pi).kind is not None
+    with pytest.raises(ValueError, match="row 7 sums to"):
+        Target.from_matrix(pi.astype(float))
+    pi[9] *= np.float32(1.001)
+    with pytest.raises(ValueError, match="row 9 sums to"):
+        Target.from_matrix(pi)
