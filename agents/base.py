@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from agents.interactions import Interactions
 from encoders.state import EMPTY, Observation
 
 Mask = Tensor | None  # None, allowed (B, N) bool, or excluded ids (B, M) int64 with EMPTY
@@ -52,6 +53,7 @@ class AgentSpec:
     context_size: int  # C
     device: str = "cpu"
     seed: int = 0
+    events: Interactions | None = None  # the same one by one, in time order; None: only the counts
 
     def __post_init__(self) -> None:
         if not 1 <= self.slate_size <= self.num_items:

@@ -91,6 +91,16 @@ def epsilon_greedy_probs(scores: Tensor, allowed: Tensor, epsilon: float) -> Ten
     return probs.scatter_add(1, best, torch.full(best.shape, 1.0 - epsilon, device=probs.device))
 
 
+def standardised(scores: Tensor, allowed: Tensor) -> Tensor:
+    """Scores (B, N) in standard deviations of the row's allowed ones: temperature gets a unit."""
+    count = allowed.sum(dim=1, keepdim=True)  # (B, 1)
+    exact = scores.double()
+    mean = (exact * allowed).sum(dim=1, keepdim=True) / count
+    centred = (exact - mean) * allowed  # (B, N)
+    spread = (centred.square().sum(dim=1, keepdim=True) / count).sqrt()
+    return centred / spread.clamp(min=1e-12)  # equal scores stay equal: all zero
+
+
 def softmax_uniform(scores: Tensor, allowed: Tensor, temperature: float, uniform: float) -> Tensor:
     """Softmax over allowed scores (B, N) with a share spread evenly, to probabilities (B, N)."""
     logits = (scores.double() / temperature).masked_fill(~allowed, -torch.inf)  # (B, N)

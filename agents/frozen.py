@@ -13,6 +13,7 @@ from agents.explore import (
     plackett_luce_probs,
     sample_slate,
     softmax_uniform,
+    standardised,
 )
 from encoders.state import Observation
 
@@ -27,16 +28,6 @@ class Scorer(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-def standardised(scores: Tensor, allowed: Tensor) -> Tensor:
-    """Scores (B, N) in standard deviations of the row's allowed ones: temperature gets a unit."""
-    count = allowed.sum(dim=1, keepdim=True)  # (B, 1)
-    exact = scores.double()
-    mean = (exact * allowed).sum(dim=1, keepdim=True) / count
-    centred = (exact - mean) * allowed  # (B, N)
-    spread = (centred.square().sum(dim=1, keepdim=True) / count).sqrt()
-    return centred / spread.clamp(min=1e-12)  # equal scores stay equal: all zero
 
 
 class Frozen:

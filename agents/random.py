@@ -13,6 +13,8 @@ from encoders.state import Observation
 class Random:
     """Uniform over allowed items without replacement, whether it may explore or not."""
 
+    learns = False
+
     def __init__(self, spec: AgentSpec) -> None:
         self.spec = spec
         self.generator = torch.Generator(spec.device).manual_seed(spec.seed)

@@ -1,6 +1,11 @@
-"""Policies that never learn from answers: the bars that a learner has to clear."""
+"""Policies that never learn from answers: any model that scores histories, as an agent.
 
-from typing import Any
+The bars that a learner has to clear. A model is fitted once, on the log before the cut; what it is
+asked about is all that was seen of a user until now, so that unseen users are served as well.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,105 +15,126 @@ from agents.explore import (
     epsilon_greedy_probs,
     epsilon_greedy_slate,
     epsilon_greedy_slate_probs,
-    seeded_ranks,
+    plackett_luce_probs,
+    sample_slate,
+    softmax_uniform,
+    standardised,
 )
-from encoders.state import EMPTY, Observation
+from agents.interactions import Interactions, owned, spread
+from encoders.state import Observation
+
+COLDEST = 0.02  # temperature, in standard deviations of a user's scores
 
 
-class Popularity:
-    """Show what most trips bought before the cut; equally popular items in an order drawn once."""
-
-    def __init__(self, spec: AgentSpec) -> None:
-        self.spec = spec
-        self.generator = torch.Generator(spec.device).manual_seed(spec.seed)
-        ranks = seeded_ranks(spec.popularity.to(spec.device), self.generator)
-        self.ranks = ranks / spec.num_items  # (N,) in [0, 1)
+class Model(Protocol):
+    """What is fitted on `Interactions`, `Logs` or a CSR of counts, and scores any history."""
 
     def scores(self, obs: Observation) -> Tensor:
-        """Rank (B, N) by popularity, the same for everybody."""
-        return self.ranks.expand(len(obs), -1)
+        """(B, N), higher is better; popularity where a user has no history."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Static:
+    """Show what a model scores best; with a temperature, draw by its standardised scores.
+
+    `model(past, device=, seed=)` makes the model from the interactions of the spec. With
+    `repeats=False` what a user had before is not shown again, unless nothing else is left.
+    """
+
+    learns = False  # nothing that happens changes it: training it would be a waste
+
+    def __init__(
+        self,
+        spec: AgentSpec,
+        *,
+        model: Callable[..., Model],
+        temperature: float = 0.0,
+        repeats: bool = True,
+    ) -> None:
+        if not (temperature == 0.0 or temperature >= COLDEST):
+            raise ValueError(
+                f"temperature must be 0 (the best are shown) or at least {COLDEST}, below which "
+                f"chances are too small to be numbers, got {temperature}"
+            )
+        if not isinstance(repeats, bool):
+            raise ValueError(f"repeats must be true or false, got {repeats!r}")
+        past = spec.events if spec.events is not None else spec.interactions
+        if past is None:
+            raise ValueError(
+                "a static policy learns from interactions (users, N), this environment has none: "
+                "choose an agent that needs none, such as random"
+            )
+        past = Interactions.of(past)
+        if past.num_items != spec.num_items:
+            raise ValueError(
+                f"interactions are of {past.num_items} items, the spec of {spec.num_items}"
+            )
+        self.spec, self.temperature, self.repeats = spec, temperature, repeats
+        self.model = model(past, device=spec.device, seed=spec.seed)
+        self.generator = torch.Generator(spec.device).manual_seed(spec.seed)
+
+    def scores(self, obs: Observation) -> Tensor:
+        """The model's (B, N)."""
+        return self.model.scores(obs)
 
     def act(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Decision:
-        allowed = _allowed(self.spec, obs, mask)
-        return epsilon_greedy_slate(
-            self.scores(obs), allowed, self.spec.slate_size, 0.0, self.generator
-        )
+        allowed, k = self._allowed(obs, mask), self.spec.slate_size
+        if explore and self.temperature:
+            return sample_slate(self._soft(obs, allowed), k, self.generator)
+        return epsilon_greedy_slate(self.scores(obs), allowed, k, 0.0, self.generator)
 
     def slate_probs(
         self, obs: Observation, mask: Mask, slate: Tensor, *, explore: bool = True
     ) -> Tensor:
-        allowed = _allowed(self.spec, obs, mask)
+        allowed = self._allowed(obs, mask)
+        if explore and self.temperature:
+            return plackett_luce_probs(self._soft(obs, allowed), slate)
         return epsilon_greedy_slate_probs(self.scores(obs), allowed, slate, 0.0)
 
     def action_probs(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Tensor:
-        return epsilon_greedy_probs(self.scores(obs), _allowed(self.spec, obs, mask), 0.0)
+        allowed = self._allowed(obs, mask)
+        if explore and self.temperature:
+            return self._soft(obs, allowed).float()
+        return epsilon_greedy_probs(self.scores(obs), allowed, 0.0)
 
     def update(self, transition: Transition) -> dict[str, Tensor]:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ranks": self.ranks}
+        return {
+            "kind": type(self.model).__name__,
+            "model": self.model.state_dict(),
+            "generator": self.generator.get_state(),
+            "device": self.generator.device.type,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.ranks = _loaded_ranks(self.ranks, state)
+        mine = type(self.model).__name__
+        if state["kind"] != mine:
+            raise ValueError(
+                f"the checkpoint is of a {state['kind']}, the agent asked for is a {mine}: choose "
+                "the agent that was saved"
+            )
+        self.model.load_state_dict(state["model"])
+        if state["device"] == self.generator.device.type:  # generators of devices do not translate
+            self.generator.set_state(state["generator"].cpu())
 
+    def _allowed(self, obs: Observation, mask: Mask) -> Tensor:
+        """(B, N) bool; without repeats new items only, where a slate of them is left."""
+        n = self.spec.num_items
+        allowed = allowed_items(mask, len(obs), n, obs.profile.device)
+        if self.repeats:
+            return allowed
+        items, _, _ = owned(obs, n)
+        fresh = allowed & (spread(items, torch.ones_like(items), n) == 0)  # (B, N)
+        enough = fresh.sum(dim=1, keepdim=True) >= self.spec.slate_size  # (B, 1)
+        return torch.where(enough, fresh, allowed)
 
-class BuyAgain:
-    """Show what the household bought most often, of equals the latest first, then the popular."""
-
-    def __init__(self, spec: AgentSpec) -> None:
-        self.spec = spec
-        self.generator = torch.Generator(spec.device).manual_seed(spec.seed)
-        ranks = seeded_ranks(spec.popularity.to(spec.device), self.generator)
-        self.ranks = ranks / spec.num_items  # (N,) in [0, 1)
-
-    def scores(self, obs: Observation) -> Tensor:
-        """Own items (B, N) by count, then recency, then popularity, from 1 up; others in [0, 1)."""
-        known = obs.past != EMPTY  # (B, H)
-        index = obs.past.clamp(min=0)
-        order = self.ranks[index].argsort(dim=1)  # (B, H), least important key first
-        for key in (-obs.past_age, obs.past_count.masked_fill(~known, -torch.inf)):
-            order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
-        place = torch.arange(order.shape[1], device=order.device, dtype=self.ranks.dtype)
-        own = torch.zeros_like(obs.past_count).scatter(1, order, place.expand_as(obs.past_count))
-        base = self.ranks.expand(len(obs), -1)  # (B, N)
-        return base.scatter_reduce(1, index, (1.0 + own) * known, "amax")  # EMPTY adds a harmless 0
-
-    def act(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Decision:
-        allowed = _allowed(self.spec, obs, mask)
-        return epsilon_greedy_slate(
-            self.scores(obs), allowed, self.spec.slate_size, 0.0, self.generator
-        )
-
-    def slate_probs(
-        self, obs: Observation, mask: Mask, slate: Tensor, *, explore: bool = True
-    ) -> Tensor:
-        allowed = _allowed(self.spec, obs, mask)
-        return epsilon_greedy_slate_probs(self.scores(obs), allowed, slate, 0.0)
-
-    def action_probs(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Tensor:
-        return epsilon_greedy_probs(self.scores(obs), _allowed(self.spec, obs, mask), 0.0)
-
-    def update(self, transition: Transition) -> dict[str, Tensor]:
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"ranks": self.ranks}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.ranks = _loaded_ranks(self.ranks, state)
-
-
-def _allowed(spec: AgentSpec, obs: Observation, mask: Mask) -> Tensor:
-    return allowed_items(mask, len(obs), spec.num_items, obs.profile.device)
-
-
-def _loaded_ranks(mine: Tensor, state: dict[str, Any]) -> Tensor:
-    """The saved ranks, if they are of as many items."""
-    if state["ranks"].shape != mine.shape:
-        raise ValueError(
-            f"the checkpoint is of a catalogue of {len(state['ranks'])} items, this one has "
-            f"{len(mine)}: "
-            "load it with the catalogue it was made on"
-        )
-    return state["ranks"].to(mine.device)
+    def _soft(self, obs: Observation, allowed: Tensor) -> Tensor:
+        """First-slot probabilities (B, N) float64."""
+        level = standardised(self.scores(obs), allowed)
+        return softmax_uniform(level, allowed, self.temperature, 0.0)

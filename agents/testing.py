@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent, AgentSpec, Mask, Transition, allowed_items
+from agents.interactions import Interactions
 from encoders.state import CONTEXT, EMPTY, Observation
 
 ROWS = 16  # users of most checks
@@ -21,19 +22,19 @@ SIGMAS = 6.0  # a true propensity is missed by this much once in a billion
 def synthetic_spec(
     *, num_items: int = 24, slate_size: int = 2, device: str = "cpu", seed: int = 0
 ) -> AgentSpec:
-    """A small catalogue with random vectors, popularity and interactions."""
-    from scipy.sparse import csr_matrix
-
+    """A small catalogue with random vectors, popularity and interactions, one by one as well."""
     generator = torch.Generator().manual_seed(seed)
     popularity = torch.rand(num_items, generator=generator) ** 3  # (N,)
     bought = torch.rand(60, num_items, generator=generator) < 0.05 + popularity / 2
+    vectors = torch.randn(num_items, 8, generator=generator)
+    events = synthetic_events(bought.numpy(), vectors, seed)
     return AgentSpec(
         num_items=num_items,
         slate_size=slate_size,
-        item_vectors=torch.randn(num_items, 8, generator=generator).to(device),
+        item_vectors=vectors.to(device),
         category=torch.randint(0, 4, (num_items,), generator=generator).to(device),
         popularity=popularity.to(device),
-        interactions=csr_matrix(bought.float().numpy()),
+        interactions=events.counts(),
         profile_size=5,
         past_size=12,
         history_size=6,
@@ -41,7 +42,21 @@ def synthetic_spec(
         context_size=CONTEXT,
         device=device,
         seed=seed,
+        events=events,
     )
+
+
+def synthetic_events(bought: np.ndarray, vectors: Tensor | None, seed: int) -> Interactions:
+    """Purchases of what each user bought (U, N) bool, one to three times in 200 days, timed."""
+    rng = np.random.default_rng(seed)
+    user, item = bought.nonzero()
+    often = rng.integers(1, 4, len(user))
+    user, item = np.repeat(user, often), np.repeat(item, often)  # (n,)
+    time = 19_000.0 + 200.0 * rng.random(len(user))  # days since 1970-01-01
+    order = np.lexsort((time, user))
+    users, items = bought.shape
+    ones = np.ones(len(user))
+    return Interactions(user, item[order], time[order], ones, users, items, vectors)
 
 
 def synthetic_observation(spec: AgentSpec, batch: int, generator: torch.Generator) -> Observation:

@@ -13,7 +13,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from tqdm import tqdm
 
+from agents.interactions import Interactions
 from encoders.items import interactions
+from encoders.text import TextEncoder
 from experiments.prepare import JUDGES, ReplayTrips, Worlds
 from experiments.run_folder import stage
 from simulators.base import Catalog, SimSpec, UserSimulator
@@ -65,8 +67,22 @@ def from_logs(cfg: DictConfig, device: str) -> Worlds:
     replayed = judges[np.sort(rows)]
     replay = ReplayTrips(replayed.users(), torch.from_numpy(replayed.padded())).to(device)
     train, *test = made.values()
-    counts = interactions(logs.before(moment(catalog.as_of)), catalog.ids)[0]
-    return Worlds(train, test, counts, replay, checked, notes=[], seconds=seconds)
+    return Worlds(train, test, events_before(cfg, logs, catalog), replay, checked, notes=[],
+                  seconds=seconds, specs=tuple(specs.values())[1:])  # fmt: skip
+
+
+def events_before(cfg: DictConfig, logs: Logs, catalog: Catalog) -> Interactions:
+    """Purchases of the catalogue before the cut, in time order, with the vectors of its texts.
+
+    Where no item has a text, the catalogue's own vectors stand in.
+    """
+    past = logs.before(moment(catalog.as_of))
+    users = interactions(past, catalog.ids)[1]  # those with a purchase
+    vectors = catalog.vectors.cpu()
+    if any(text.strip() for text in catalog.texts):
+        model = cfg.env.catalog.get("model", "all-minilm-l6-v2")
+        vectors = TextEncoder(model, progress=bool(cfg.progress)).encode(catalog.texts)[0]
+    return Interactions.of(past, items=catalog.ids, users=users, vectors=vectors, seed=SPLIT)
 
 
 def fit_all(

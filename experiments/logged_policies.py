@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from agents.item_knn import FALLBACK, item_similarity
+from agents.interactions import FALLBACK
+from agents.neighbours import item_similarity
 from evaluation import DecisionLog, RewardModel, Target, evaluate
 from sources.bandits import BanditLog
 from sources.coat import coat

@@ -1,6 +1,6 @@
 """Policies that can be judged on the decisions of a training run: its agent and its baselines."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,15 @@ from torch import Tensor
 
 from agents.base import Agent, AgentSpec
 from agents.frozen import Frozen
-from encoders.items import interactions
 from encoders.state import CONTEXT, EMPTY, Observation
 from evaluation import DecisionLog, Target, decisions
 from evaluation.fqe import FittedQ
-from experiments.from_logs import with_levels
+from experiments.from_logs import events_before, with_levels
 from experiments.logged_policies import Question, Settings, own
 from experiments.policies import named_agent
-from experiments.prepare import counts_of
+from experiments.prepare import events_of
 from experiments.run_folder import load_checkpoint
 from simulators.base import Catalog, SimSpec
-from simulators.fitted import moment
 
 Array = np.ndarray
 DENSE = 20_000_000  # numbers of an array (rows, items): 160 MB
@@ -42,8 +40,12 @@ MODELLED = ("seq_sndr", "wpdis", "fqe", "snips")
 def run_policies(
     settings: Settings, *, path: str | None = None, temperatures: Sequence[float] = (0.5,),
     baselines: Sequence[str] = ("random", "popularity", "buy_again", "item_knn"),
+    others: Mapping[str, Agent] | None = None,
 ) -> Question:  # fmt: skip
-    """The agent of a run at other temperatures, and baselines, on what its users were shown."""
+    """The agent of a run at other temperatures, and baselines, on what its users were shown.
+
+    `others` are further policies by name, made stochastic as the baselines are.
+    """
     if isinstance(temperatures, str) or isinstance(baselines, str):
         raise ValueError("log.temperatures and log.baselines are lists: log.baselines=[popularity]")
     folder, where = folders(path)
@@ -72,9 +74,8 @@ def run_policies(
         notes.append("the trained agent is not judged: it learned from these very decisions")
     else:
         check_same(agents["logging"], seen, folder)
-    softened = {
-        name: soft(named_agent(name, spec), spec, cfg, seen, settings) for name in baselines
-    }
+    rivals = {name: named_agent(name, spec) for name in baselines} | dict(others or {})
+    softened = {name: soft(agent, spec, cfg, seen, settings) for name, agent in rivals.items()}
     agents |= softened
     notes.append(
         "baselines are stochastic as the agent is, a softmax of standardised scores with a uniform "
@@ -151,24 +152,25 @@ def spec_of(cfg: DictConfig, about: dict[str, Any]) -> tuple[AgentSpec, Catalog]
     if cfg.env.get("data") is None:
         world = instantiate(cfg.env.simulator, SimSpec(None, None, device="cpu", seed=cfg.seed))
         catalog: Catalog = world.catalog
-        counts = counts_of(world.users, len(catalog))
+        events = events_of(world.users, catalog)
     else:
         logs = with_levels(instantiate(cfg.env.data))
         catalog = instantiate(cfg.env.catalog, logs, device="cpu", progress=False)
-        counts = interactions(logs.before(moment(catalog.as_of)), catalog.ids)[0]
+        events = events_before(cfg, logs, catalog)
     spec = AgentSpec(
         num_items=len(catalog),
         slate_size=cfg.env.session.slate_size,
         item_vectors=catalog.vectors,
         category=catalog.category,
         popularity=catalog.popularity,
-        interactions=counts,
+        interactions=events.counts(),
         profile_size=sizes["profile"],
         past_size=sizes["past"],
         history_size=sizes["history"],
         feedback_size=behaviours,
         context_size=CONTEXT,
         seed=cfg.seed,
+        events=events,
     )
     return spec, catalog
 

@@ -17,6 +17,7 @@ from agents.base import Agent, AgentSpec
 from encoders.state import CONTEXT, EMPTY, Observation, calendar
 from envs.recommend import RecommendVectorEnv
 from evaluation.online import Sessions, play, replay, table
+from experiments.cli import advise
 from experiments.oracle import play_oracle
 from experiments.prepare import ReplayTrips, Worlds
 from simulators.base import UserSimulator, UserTable
@@ -34,7 +35,7 @@ def agent_spec(cfg: DictConfig, worlds: Worlds, device: str) -> AgentSpec:
         item_vectors=catalog.vectors,
         category=catalog.category,
         popularity=catalog.popularity,
-        interactions=worlds.interactions,
+        interactions=worlds.events.counts(),
         profile_size=users.profile.shape[1],
         past_size=users.past.shape[1],
         history_size=cfg.env.session.slate_size * cfg.env.session.max_steps,
@@ -42,18 +43,33 @@ def agent_spec(cfg: DictConfig, worlds: Worlds, device: str) -> AgentSpec:
         context_size=CONTEXT,
         device=device,
         seed=cfg.seed,
+        events=worlds.events,
     )
 
 
-def named_agent(name: str, spec: AgentSpec) -> Agent:
-    """The agent of conf/agent/NAME.yaml, here or in a folder given by --config-dir."""
+def agent_config(name: str) -> tuple[str, DictConfig]:
+    """Name and content of conf/agent/NAME.yaml, here or in a folder given by --config-dir.
+
+    `itemknn` finds item_knn: underscores do not tell agents apart.
+    """
     sources = HydraConfig.get().runtime.config_sources
     folders = [Path(s.path) / "agent" for s in sources if s.schema == "file"]
-    for folder in folders:
-        if (folder / f"{name}.yaml").is_file():
-            return instantiate(OmegaConf.load(folder / f"{name}.yaml"), spec)
-    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    raise ValueError(f"baselines: there is no agent {name!r}; there are: {', '.join(known)}")
+    files = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.yaml")}
+    plain = {stem.replace("_", ""): stem for stem in files}
+    found = name if name in files else plain.get(name.replace("_", ""), "")
+    if not found:
+        raise ValueError(
+            f"there is no agent {name!r}{advise(name, [*files])}; there are: "
+            f"{', '.join(sorted(files))}"
+        )
+    config = OmegaConf.load(files[found])
+    assert isinstance(config, DictConfig)
+    return found, config
+
+
+def named_agent(name: str, spec: AgentSpec) -> Agent:
+    """The agent of conf/agent/NAME.yaml."""
+    return instantiate(agent_config(name)[1], spec)
 
 
 def make_env(

@@ -8,8 +8,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
+from agents.interactions import Interactions
 from encoders.state import EMPTY
-from simulators.base import SimSpec, UserSimulator, UserTable
+from simulators.base import Catalog, SimSpec, UserSimulator, UserTable
 
 JUDGES = 1_000_000  # seeds of the simulators that judge: the same ones for every training seed
 
@@ -31,11 +32,12 @@ class Worlds:
 
     train: UserSimulator
     test: list[UserSimulator]  # fitted to other households
-    interactions: Any  # scipy CSR (users, N) float32 counts before the cut, or None
+    events: Interactions  # purchases before the cut, with vectors of what items are
     replay: ReplayTrips | None
     fidelity: dict[str, Any]  # how like the held-out log the simulated users are
     notes: list[str]  # lines worth printing
     seconds: dict[str, float] = field(default_factory=dict)  # by stage, where it has several
+    specs: tuple[SimSpec, ...] = ()  # of `test`: what they were made from, to make others like them
 
 
 def prepare(cfg: DictConfig, device: str) -> Worlds:
@@ -55,20 +57,23 @@ def prepare(cfg: DictConfig, device: str) -> Worlds:
 def synthetic(cfg: DictConfig, device: str) -> Worlds:
     """A world without logs: other seeds are other households of the same shop."""
     seeds = [cfg.seed, *(JUDGES + i for i in range(cfg.evaluators))]
-    train, *test = [
-        instantiate(cfg.env.simulator, SimSpec(None, None, device=device, seed=seed))
-        for seed in seeds
-    ]
+    specs = [SimSpec(None, None, device=device, seed=seed) for seed in seeds]
+    train, *test = [instantiate(cfg.env.simulator, spec) for spec in specs]
     notes = [f"{len(train.users)} synthetic users, {len(train.catalog)} items, no log"]
-    counts = counts_of(train.users, len(train.catalog))
-    return Worlds(train, test, counts, replay=None, fidelity={}, notes=notes)
+    events = events_of(train.users, train.catalog)
+    return Worlds(train, test, events, replay=None, fidelity={}, notes=notes,
+                  specs=tuple(specs[1:]))  # fmt: skip
 
 
-def counts_of(users: UserTable, num_items: int) -> Any:
-    """Past purchases as a scipy CSR (U, N) of float32 counts."""
-    from scipy.sparse import csr_matrix
-
+def events_of(users: UserTable, catalog: Catalog) -> Interactions:
+    """Past purchases one by one; of an item bought several times only the last time is known."""
     past, count = users.past.cpu().numpy(), users.past_count.cpu().numpy()  # (U, H) each
     row, place = np.nonzero(past != EMPTY)
-    cells = (count[row, place].astype(np.float32), (row, past[row, place]))
-    return csr_matrix(cells, shape=(len(users), num_items))
+    often = count[row, place].astype(np.int64)  # (pairs,)
+    row, place = np.repeat(row, often), np.repeat(place, often)  # (n,)
+    time = users.start.cpu().numpy()[row] - users.past_age.cpu().numpy()[row, place]
+    order = np.lexsort((time, row))
+    return Interactions(
+        row[order], past[row, place][order].astype(np.int64), time[order], np.ones(len(row)),
+        len(users), len(catalog), catalog.vectors.cpu(),
+    )  # fmt: skip

@@ -1,9 +1,12 @@
 """Every agent that has a yaml keeps the contract; the kit catches those that do not."""
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra.utils import get_class, instantiate
@@ -12,12 +15,44 @@ from omegaconf import OmegaConf
 from agents.base import Agent, AgentSpec, allowed_items
 from agents.dqn import DQN
 from agents.frozen import Frozen
+from agents.popular import BuyAgain, Popularity
 from agents.random import Random
-from agents.static import BuyAgain, Popularity
+from agents.static import Static
 from agents.testing import check_agent, synthetic_observation, synthetic_spec
 
 CONF = Path(__file__).parents[1] / "experiments" / "conf" / "agent"
 YAMLS = sorted(CONF.glob("*.yaml"))
+VARIANTS = {  # yamls that turn a knob of another's model: what they change
+    "popularity_by_weekday": {"model.by": "weekday"},
+    "buy_again_recent": {"model.order": "recent"},
+    "buy_again_due": {"model.order": "due"},
+    "two_tower_linear": {"model.deep": False},
+}
+
+
+def knobs(config: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where each knob of nested targets stands, its value and the signature's default."""
+    if isinstance(config, list):
+        for place, part in enumerate(config):
+            yield from knobs(part, f"{where}{place}.")
+    if not isinstance(config, dict):
+        return
+    signature = inspect.signature(get_class(config["_target_"])).parameters
+    for name, value in config.items():
+        if name in ("_target_", "_partial_"):
+            continue
+        parts = value if isinstance(value, list) else [value]
+        if any(isinstance(part, dict) and "_target_" in part for part in parts):
+            yield from knobs(value, f"{where}{name}.")
+        else:
+            assert name in signature, f"{where}{name} is no knob of {config['_target_']}"
+            yield where + name, value, signature[name].default
+
+
+def same(value: Any, default: Any) -> bool:
+    """Equal and of one type: a yaml has lists where a signature has tuples."""
+    default = list(default) if isinstance(default, tuple) else default
+    return value == default and type(value) is type(default)
 
 
 @pytest.mark.parametrize("slate_size", [1, 3])
@@ -30,16 +65,60 @@ def test_every_yaml_builds_an_agent_that_keeps_the_contract(path, slate_size):
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
-def test_a_yaml_repeats_the_defaults_of_the_signature(path):
+def test_a_yaml_repeats_the_defaults_of_the_signatures(path):
     config = OmegaConf.to_container(OmegaConf.load(path))
-    signature = inspect.signature(get_class(config.pop("_target_"))).parameters
-    assert {name: signature[name].default for name in config} == config
+    changed = {where: value for where, value, default in knobs(config) if not same(value, default)}
+    assert changed == VARIANTS.get(path.stem, {})
+
+
+def test_variants_are_of_yamls_that_are_there():
+    here = {path.stem for path in YAMLS}
+    assert set(VARIANTS) <= here | {"two_tower_linear"}
+    assert {"popularity", "buy_again", "item_knn", "user_knn", "rp3beta", "ease"} <= here
+
+
+def test_knobs_are_found_in_nested_models_and_lists_of_them():
+    inner = {"_target_": "agents.linear.EASE", "_partial_": True, "lam": 2.0}
+    found = knobs({"_target_": "agents.static.Static", "model": inner, "temperature": 0.0})
+    assert list(found) == [("model.lam", 2.0, 300.0), ("temperature", 0.0, 0.0)]
+    several = knobs({"_target_": "agents.static.Static", "model": [inner, inner]})
+    assert [where for where, _, _ in several] == ["model.0.lam", "model.1.lam"]
+    with pytest.raises(AssertionError, match=r"model\.lamm is no knob"):
+        list(knobs({"_target_": "agents.static.Static", "model": {**inner, "lamm": 1}}))
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
+def test_a_saved_agent_scores_as_it_did_and_the_same_in_any_batch(path):
+    spec = synthetic_spec()
+    config = OmegaConf.load(path)
+    agent = instantiate(config, spec)
+    obs = synthetic_observation(spec, 8, torch.Generator().manual_seed(2))
+    scores = agent.scores(obs)
+    assert scores.shape == (8, 24)
+    assert scores.isfinite().all()
+    alone = torch.cat([agent.scores(obs[row : row + 1]) for row in range(8)])
+    assert torch.allclose(alone, scores, atol=1e-5, rtol=1e-5)
+    other = instantiate(config, replace(spec, seed=7))
+    other.load_state_dict(agent.state_dict())
+    assert torch.allclose(other.scores(obs), scores, atol=1e-6, rtol=1e-6)
+    again = instantiate(config, spec)
+    assert torch.equal(again.scores(obs), scores)
+
+
+def test_the_synthetic_events_are_the_interactions_in_time_order():
+    spec = synthetic_spec()
+    events = spec.events
+    assert (events.counts() != spec.interactions).nnz == 0
+    assert spec.interactions.max() == 3
+    assert events.timed
+    assert ((np.diff(events.time) >= 0) | (np.diff(events.user) > 0)).all()
+    assert torch.equal(events.vectors, spec.item_vectors)
 
 
 @pytest.mark.parametrize("slate_size", [1, 3])
 def test_frozen_policies_keep_the_contract(slate_size):
     spec = synthetic_spec(slate_size=slate_size)
-    for inner in (DQN(spec), BuyAgain(spec)):
+    for inner in (DQN(spec), Static(spec, model=BuyAgain)):
         assert check_agent(Frozen(inner, spec), spec) == []
 
 
@@ -49,7 +128,12 @@ class Overconfident(Random):
         return replace(decision, propensity=torch.ones_like(decision.propensity))
 
 
-class Maskless(Popularity):
+class Popular(Static):
+    def __init__(self, spec):
+        super().__init__(spec, model=Popularity)
+
+
+class Maskless(Popular):
     def act(self, obs, mask, *, explore=True):
         return super().act(obs, None, explore=explore)
 
@@ -77,12 +161,12 @@ class Gullible(DQN):
         return super().update(replace(transition, reward=torch.zeros_like(transition.reward)))
 
 
-class OffByOne(Popularity):
+class OffByOne(Popular):
     def action_probs(self, obs, mask, *, explore=True):
         return super().action_probs(obs, mask, explore=explore) * 1.1
 
 
-class Crowd(Popularity):
+class Crowd(Popular):
     def scores(self, obs):
         return super().scores(obs).roll(len(obs), dims=1)
 

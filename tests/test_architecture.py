@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "evaluation": ("agents.base", "encoders.state", "sources.logs"),
     "experiments": OURS,
 }
-HEAVY = ("transformers", "stable_baselines3", "sklearn", "matplotlib", "tokenizers")
+HEAVY = ("transformers", "stable_baselines3", "sklearn", "matplotlib", "tokenizers", "implicit")
 HARMLESS = ("default_rng", "Generator", "SeedSequence", "get_state", "getstate")
 TORCH_DRAWS = ("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial")
 TENSOR_DRAWS = ("exponential_", "uniform_", "normal_", "random_", "bernoulli_", "cauchy_",

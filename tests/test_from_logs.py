@@ -125,8 +125,8 @@ def test_replay_is_what_the_log_says_those_households_bought(worlds, shop):
 def test_interactions_are_counted_before_the_cut(worlds, shop):
     catalog = worlds.train.catalog
     before, _ = interactions(shop.before(moment(catalog.as_of)), catalog.ids)
-    assert (worlds.interactions != before).nnz == 0
-    assert worlds.interactions.sum() < len(shop)
+    assert (worlds.events.counts() != before).nnz == 0
+    assert len(worlds.events.user) < len(shop)
 
 
 def test_the_same_configuration_gives_the_same_bits(worlds):

@@ -214,15 +214,16 @@ def tiny():
     """Agents of a small catalogue, what they saw at 9 decisions, slates of 2."""
     import torch
 
+    from agents.popular import Popularity
     from agents.random import Random
-    from agents.static import Popularity
+    from agents.static import Static
     from agents.testing import synthetic_observation, synthetic_spec
 
     spec = synthetic_spec(num_items=8, slate_size=2)
     obs = synthetic_observation(spec, 9, torch.Generator().manual_seed(0))
     excluded = torch.arange(9)[:, None] % 8
     slate = Random(spec).act(obs, excluded).slate
-    return Random(spec), Popularity(spec), obs, excluded, slate
+    return Random(spec), Static(spec, model=Popularity), obs, excluded, slate
 
 
 def test_an_agent_answers_as_its_slate_probs(tiny, monkeypatch):
