@@ -101,7 +101,7 @@ class Logs:
         if by == "events":
             return time.iloc[int(share * len(time))]
         if by != "span":
-            raise ValueError(f"by must be 'span' or 'events', got {by!r}")
+            raise ValueError(f"by must be 'span', 'events', 'user' or 'draw', got {by!r}")
         return time.iloc[0] + share * (time.iloc[-1] - time.iloc[0])
 
     def before(self, moment: pd.Timestamp | str) -> "Logs":
@@ -137,18 +137,20 @@ class Logs:
         return self.only_users(drawn[:count]), self.only_users(drawn[count:])
 
     def temporal_split(
-        self, share: float, *, by: Literal["span", "events", "user"] = "span", seed: int = 0
+        self, share: float, *, by: Literal["span", "events", "user", "draw"] = "span", seed: int = 0
     ) -> tuple["Logs", "Logs"]:
         """(train, test): earlier and later events, at one moment or per user (`by="user"`).
 
         Per user, the first `share` (at least one event) is train; ties are broken by seeded draws.
+        `by="draw"` draws the `share` of each user whatever their time: train then knows the future
+        of test, which is of use only to compare with figures published for such a split.
         """
-        if by != "user":
+        if by != "user" and by != "draw":
             moment = self.cut(share, by)
             return self._both_sides(self.before(moment), self.since(moment), f"split at {moment}")
         if not 0.0 < share < 1.0:
             raise ValueError(f"share must be inside (0, 1), got {share}")
-        rank, count = self._rank_in_user(seed)
+        rank, count = self._rank_in_user(seed, timed=by == "user")
         first = np.maximum(np.floor(share * count + 1e-9), 1)  # (n,); 1e-9: .29 * 100 is 28.99...
         return self._split_rows(rank < first, f"split at {share} of each user's events")
 
@@ -257,14 +259,15 @@ class Logs:
             )
         return wanted
 
-    def _rank_in_user(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    def _rank_in_user(self, seed: int, timed: bool = True) -> tuple[np.ndarray, np.ndarray]:
         """Rank (n,) of each event in its user's by time then seeded draw, and their number (n,)."""
         n = len(self)
         user = self.events["user"].factorize()[0]  # (n,)
         draw = np.random.default_rng(seed).random(
             n
         )  # (n,) by row: a new name of an item changes none
-        order = np.lexsort((draw, self.events["time"].to_numpy(), user))
+        time = self.events["time"].to_numpy() if timed else np.zeros(n)
+        order = np.lexsort((draw, time, user))
         count = np.bincount(user)
         start = count.cumsum() - count
         rank = np.empty(n, dtype=np.int64)
