@@ -1,6 +1,7 @@
 """Measure how fast things are, in CPU time, and how right the evaluator is where truth is known.
 
 python experiments/bench.py bench=env
+python experiments/bench.py bench=rank
 python experiments/bench.py bench=ope_accuracy
 python experiments/bench.py bench=ope_speed obp=WHEEL
 """
@@ -101,6 +102,20 @@ def speed_text(rows: list[dict[str, Any]]) -> str:
     return ope_speed.text(rows)
 
 
+def bench_rank(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Ranking and judging lists of all items against a loop over users, and the fit of EASE."""
+    from experiments import rank_speed
+
+    return rank_speed.rows(repeats_of(cfg))
+
+
+def rank_text(rows: list[dict[str, Any]]) -> str:
+    """Its lines."""
+    from experiments import rank_speed
+
+    return rank_speed.text(rows)
+
+
 def repeats_of(cfg: DictConfig) -> Any:
     """As given, or as many as the benchmark needs."""
     return REPEATS[cfg.bench] if cfg.repeats is None else cfg.repeats
@@ -108,12 +123,13 @@ def repeats_of(cfg: DictConfig) -> Any:
 
 BENCHES: dict[str, Callable[[DictConfig], list[dict[str, Any]]]] = {
     "env": bench_env, "ope_accuracy": bench_ope_accuracy, "ope_speed": bench_ope_speed,
+    "rank": bench_rank,
 }  # fmt: skip
 TEXTS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "env": lambda rows: "\n".join(map(line, rows)), "ope_accuracy": accuracy_text,
-    "ope_speed": speed_text,
+    "ope_speed": speed_text, "rank": rank_text,
 }  # fmt: skip
-REPEATS = {"env": 5, "ope_accuracy": 100, "ope_speed": 5}
+REPEATS = {"env": 5, "ope_accuracy": 100, "ope_speed": 5, "rank": 5}
 
 
 def calls_per_second(call: Callable[[], Any], seconds: float) -> float:
