@@ -16,6 +16,7 @@ from evaluation.wording import (
     Row,
     absent,
     label,
+    legible,
     level,
     number,
     of_mean,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from evaluation.report import Table
 
-Draw = Callable[["Table"], "Figure"]
+Draw = Callable[[Any], "Figure"]  # of a table, or of what another page is about
 INK, FAINT = "#1b1f24", "#8b929a"
 COLOUR = {IDENTIFIED: "#0072b2", PARTIAL: "#e69f00", NOT: "#d55e00"}  # (Okabe and Ito, 2008)
 SHAPE = {IDENTIFIED: "o", PARTIAL: "s", NOT: "D"}
@@ -42,6 +43,7 @@ VARIABLES = {  # what a page may colour anew in the dark
     INK: "var(--ink)",
     FAINT: "var(--faint)",
     **{COLOUR[v]: f"var(--{v.split()[0]})" for v in COLOUR},
+    SERIES[0]: f"var(--first, {SERIES[0]})",  # the one that is too dark for a dark page
 }
 MANY = 60  # lines of a forest, above which each policy keeps only the one to quote
 WIDE = 6.0  # medians of the intervals' widths; what is wider is cut at the edge with an arrow
@@ -322,7 +324,7 @@ def reliability(table: "Table") -> "Figure":
     return figure
 
 
-def saved(draw: Draw, table: "Table", kind: str, *, page: bool = False) -> bytes:
+def saved(draw: Draw, table: Any, kind: str, *, page: bool = False) -> bytes:
     """PNG or SVG, the same bytes for the same table.
 
     Letters are outlines, which look alike everywhere; on a `page` they are text, in its font.
@@ -343,7 +345,7 @@ def saved(draw: Draw, table: "Table", kind: str, *, page: bool = False) -> bytes
     return out.getvalue()
 
 
-def inline(draw: Draw, table: "Table", name: str, description: str) -> str:
+def inline(draw: Draw, table: Any, name: str, description: str) -> str:
     """The figure as part of a page: its colours from the page, its ids of its own."""
     root = ElementTree.fromstring(saved(draw, table, "svg", page=True))
     for parent in list(root.iter()):
@@ -358,7 +360,8 @@ def inline(draw: Draw, table: "Table", name: str, description: str) -> str:
             node.attrib["id"] = f"{name}-{node.attrib['id']}"
     width = root.attrib.pop("width")
     root.attrib.pop("height")
-    root.attrib |= {"role": "img", "aria-label": description, "style": f"max-width: {width}"}
+    said = {"role": "img", "aria-label": legible(description)}
+    root.attrib |= {**said, "style": f"max-width: {width}"}
     return ElementTree.tostring(root, encoding="unicode")
 
 

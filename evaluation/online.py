@@ -13,6 +13,7 @@ from encoders.state import EMPTY, Observation
 from evaluation.decisions import DecisionWriter
 
 Choice = Callable[[Tensor, Observation, Tensor], Decision]  # rows (R,) of the env, what they see
+Watch = Callable[[Tensor, Observation, Any], None]  # rows (R,), what they saw, info of all M rows
 CHUNK = 512  # trips replayed at once
 
 
@@ -38,17 +39,24 @@ def play(
     *,
     explore: bool = False,
     log: DecisionWriter | None = None,
+    watch: Watch | None = None,
 ) -> Sessions:
-    """Let an agent serve each (user, episode), (M,) each, exactly once."""
+    """Let an agent serve each (user, episode), (M,) each, exactly once; `watch` sees each step."""
 
     def choose(rows: Tensor, obs: Observation, mask: Tensor) -> Decision:
         return agent.act(obs, mask, explore=explore)
 
-    return sessions(env, choose, users, episodes, log=log)
+    return sessions(env, choose, users, episodes, log=log, watch=watch)
 
 
 def sessions(
-    env: Any, choose: Choice, users: Tensor, episodes: Tensor, *, log: DecisionWriter | None = None
+    env: Any,
+    choose: Choice,
+    users: Tensor,
+    episodes: Tensor,
+    *,
+    log: DecisionWriter | None = None,
+    watch: Watch | None = None,
 ) -> Sessions:
     """Play M sessions on an env of M rows; a row whose session is over is asked no more.
 
@@ -77,6 +85,8 @@ def sessions(
         if log is not None:
             step = one_step(env, rows, decision, terminated, truncated, info)
             log.write(**step, obs=seen, excluded=mask, time=time)
+        if watch is not None:
+            watch(rows, seen, info)
         reward[rows] += gained[rows].double()
         length[rows] += 1
         there = info["slate"][rows].flatten()  # (R * K,)
@@ -159,6 +169,15 @@ def interval(
     """
     from scipy.stats import t
 
+    mean, error, free = standard_error(matrix, replicates=replicates, seed=seed)
+    reach = t.ppf(1 - alpha / 2, free) * error
+    return mean, float(mean - reach), float(mean + reach)
+
+
+def standard_error(
+    matrix: np.ndarray, *, replicates: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of (S, H), its pigeonhole-bootstrap standard error, and the error's freedom."""
     s, h = matrix.shape
     there = ~np.isnan(matrix)  # (S, H)
     if h < 2 or there.sum() < 2:
@@ -173,9 +192,7 @@ def interval(
     weight = (rows @ there * columns).sum(axis=1)  # (R,)
     total = (rows @ x * columns).sum(axis=1)  # (R,)
     means = total[weight > 0] / weight[weight > 0]
-    error = float(means.std(ddof=1))
-    reach = t.ppf(1 - alpha / 2, degrees_of_freedom(x, there)) * error
-    return float(mean), float(mean - reach), float(mean + reach)
+    return float(mean), float(means.std(ddof=1)), degrees_of_freedom(x, there)
 
 
 def degrees_of_freedom(x: np.ndarray, there: np.ndarray) -> float:

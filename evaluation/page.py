@@ -36,7 +36,7 @@ FEW = 12  # policies whose diagnostics are unfolded
 LIGHT = """color-scheme: light; --ink: #1b1f24; --paper: #ffffff; --faint: #6a737d; --line: #d9dee3;
 --wash: #f4f6f8; --identified: #0072b2; --partially: #c77700; --not: #d55e00;"""
 DARK = """color-scheme: dark; --ink: #e6e9ec; --paper: #14181c; --faint: #98a2ac; --line: #343b42;
---wash: #1d2329; --identified: #56b4e9; --partially: #e69f00; --not: #ff8a4c;"""
+--wash: #1d2329; --identified: #56b4e9; --partially: #e69f00; --not: #ff8a4c; --first: #3d9be0;"""
 STYLE = f"""
 :root {{ {LIGHT} }}
 @media (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}
@@ -109,12 +109,20 @@ def page(table: "Table") -> str:
     """The whole page: what the log can say first, then how it is known."""
     told = [sections(table), body_of_settings(table)]
     head = title(table)
+    return document(
+        head,
+        f"<h1>What the log can say</h1>\n<p class=faint>{text(head)}.</p>\n"
+        f"{answers(table)}{''.join(told)}",
+    )
+
+
+def document(head: str, body: str, style: str = "") -> str:
+    """A page of its own, with the house's style and some more."""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(head)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>What the log can say</h1>\n<p class=faint>{text(head)}.</p>\n"
-        f"{answers(table)}{''.join(told)}</body>\n</html>\n"
+        f"<title>{text(head)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n"
+        f"{body}</body>\n</html>\n"
     )
 
 
@@ -174,7 +182,7 @@ def section(heading: str, content: str) -> str:
     return f"<section>\n<h2>{text(heading)}</h2>\n{content}</section>\n"
 
 
-def drawing(table: "Table", draw: figures.Draw, name: str, caption: str) -> str:
+def drawing(table: Any, draw: figures.Draw, name: str, caption: str) -> str:
     """A figure in the page."""
     return (
         f"<figure>\n{figures.inline(draw, table, name, caption)}\n"

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from agents.base import Decision, Mask, allowed_items
 from encoders.state import EMPTY, Observation
-from evaluation.online import Sessions, sessions
+from evaluation.online import Sessions, Watch, sessions
 
 
-def play_oracle(env: Any, users: Tensor, episodes: Tensor) -> Sessions:
+def play_oracle(
+    env: Any, users: Tensor, episodes: Tensor, *, watch: Watch | None = None
+) -> Sessions:
     """Serve each (user, episode), (M,) each, with the items most likely to be bought right now."""
 
     def choose(rows: Tensor, obs: Observation, mask: Tensor) -> Decision:
@@ -19,7 +21,7 @@ def play_oracle(env: Any, users: Tensor, episodes: Tensor) -> Sessions:
         slate = wanted.topk(env.slate_size, dim=1).indices  # (R, K)
         return Decision(slate, torch.ones_like(slate, dtype=torch.float32))
 
-    return sessions(env, choose, users, episodes)
+    return sessions(env, choose, users, episodes, watch=watch)
 
 
 def regret(relevance: Tensor, mask: Mask, slate: Tensor) -> Tensor:

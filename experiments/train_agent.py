@@ -43,6 +43,7 @@ from experiments.run_folder import (
     stage,
     write_json,
 )
+from experiments.sweep import sweep_folder
 from simulators.base import UserSimulator
 
 DEFAULT_STEPS = 100_000
@@ -68,6 +69,7 @@ def main(cfg: DictConfig) -> None:
             load_checkpoint(Path(cfg.checkpoint), agent, worlds.train.catalog)
 
         make_env(cfg, worlds.train, num_envs=1, seed=cfg.seed)  # refuses what no session can be
+        cfg.run_dir = cfg.run_dir or sweep_folder(cfg)
         folder = open_folder(cfg)  # not before all that was typed made sense
         print(
             f"train {cfg.agent_name} for {steps} steps, curves in {folder / 'tensorboard'}",
@@ -218,14 +220,18 @@ def checked(cfg: DictConfig) -> tuple[str, int]:
             Path(cfg.out).absolute().parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"out={cfg.out} cannot be written: {error.strerror}") from error
+    return chosen_device(cfg), steps
+
+
+def chosen_device(cfg: DictConfig) -> str:
+    """Where tensors live."""
     if cfg.device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cpu or cuda, got {cfg.device!r}")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "device=cuda, but torch sees no CUDA device: use device=cpu or device=auto"
         )
-    cuda = cfg.device != "cpu" and torch.cuda.is_available()
-    return ("cuda" if cuda else "cpu"), steps
+    return "cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

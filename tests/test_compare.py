@@ -1,0 +1,367 @@
+"""The comparison: trained side by side, judged alike, told in one page; what is over is kept."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from agents.testing import synthetic_observation, synthetic_spec
+from encoders.state import EMPTY
+from evaluation.online import Sessions
+from experiments.compared_checks import checked
+from experiments.compared_parts import (
+    ab_test,
+    assumed,
+    differences,
+    exposed,
+    exposed_by_seed,
+    exposure,
+    listed,
+    new_items,
+)
+from experiments.compared_play import (
+    ORACLE,
+    Played,
+    Stranger,
+    Tally,
+    play_all,
+    together,
+    variants,
+)
+from experiments.compared_runs import alone, runs_in
+from experiments.compared_words import ago, nearest, times, without
+from experiments.prepare import prepare
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = ["env=tiny", "steps=600", "eval_every=300", "num_envs=50", "eval_users=40", "evaluators=2",
+         "sensitivity_users=20", "sensitivity_simulators=1", "frozen_users=120", "progress=false",
+         "assumptions=[patience]", "examples=1"]  # fmt: skip
+
+
+def run(script: str, *words: str, **given: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **given}
+    return subprocess.run([sys.executable, str(ROOT / "experiments" / script), *words],
+                          capture_output=True, text=True, timeout=240, env=env)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """One comparison of a learner with two seeds and three static policies."""
+    folder = tmp_path_factory.mktemp("compare")
+    words = [*WORDS, "agents=[dqn,ease,itemknn,popularity]", "seeds=2", f"out_dir={folder}"]
+    ran = run("compare.py", *words)
+    assert ran.returncode == 0, ran.stderr
+    return SimpleNamespace(
+        folder=folder, words=words, out=ran.stdout,
+        report=json.loads((folder / "comparison.json").read_text()),
+        page=(folder / "report.html").read_text(),
+    )  # fmt: skip
+
+
+def test_every_policy_has_its_row_and_its_difference(done) -> None:
+    names = {row["policy"] for row in done.report["policies"]}
+    assert names == {"dqn", "ease", "item_knn", "popularity", ORACLE}
+    base = done.report["baseline"]
+    assert base in ("ease", "item_knn", "popularity")
+    rows = {row["policy"]: row for row in done.report["policies"]}
+    assert rows[base]["reward"] == max(rows[n]["reward"] for n in done.report["statics"])
+    for gap in done.report["differences"]:
+        expected = rows[gap["policy"]]["reward"] - rows[base]["reward"]
+        assert gap["difference"] == pytest.approx(expected, abs=1e-9)
+    assert rows["dqn"]["seeds"] == 2
+
+
+def test_the_curve_is_of_both_seeds_at_the_same_steps(done) -> None:
+    curve = done.report["curves"]["dqn"]
+    assert curve["seeds"] == 2
+    assert curve["step"] == [300, 600]
+    assert all(np.isfinite(curve["iqm"]))
+    assert curve["low"] == [None, None]  # two seeds are too few for a band
+
+
+def test_assumptions_are_tried_at_half_and_double_and_other_choices(done) -> None:
+    labels = [row["label"] for row in done.report["sensitivity"]["rows"]]
+    assert labels == ["", "half (0.1)", "double (0.4)", "independent"]
+    plain, half = done.report["sensitivity"]["rows"][:2]
+    assert plain["differences"] != half["differences"]
+
+
+def test_the_report_holds_all_its_parts(done) -> None:
+    report = done.report
+    assert {row["policy"] for row in report["new_users"]} == {
+        "dqn",
+        "ease",
+        "item_knn",
+        "popularity",
+    }
+    assert report["new_items"] is None  # nothing is known of when an item was first sold
+    assert [part["kind"] for part in report["exposure"]] == ["popularity", "category"]
+    assert report["ab"]["rows"]
+    assert report["sessions_told"][0]["steps"]
+    assert report["off_policy"]["baseline"] == "dqn"
+    assert {row["ope"]["verdict"] for row in report["policies"] if row.get("ope")} <= {
+        "identified", "partially identified", "not identified"}  # fmt: skip
+    assert [row["name"] for row in report["assumptions"]]
+    for part in report["exposure"]:
+        for name in ("dqn", "ease"):
+            assert sum(g["shown"][name] for g in part["groups"]) == pytest.approx(1.0)
+
+
+def test_the_page_needs_nothing_from_outside(done) -> None:
+    assert len(done.page) < 3_000_000
+    for word in ("<script", "src=", "@import", "<link", 'href="http'):
+        assert word not in done.page
+    for name in ("dqn", "ease", "item_knn", "popularity"):
+        assert name in done.page
+
+
+def test_a_second_call_trains_nothing_anew_and_says_the_same(done) -> None:
+    stamp = (done.folder / "dqn" / "seed0" / "checkpoint" / "state.pt").stat().st_mtime_ns
+    again = run("compare.py", *done.words, "sensitivity=false", "off_policy=false", "examples=0")
+    assert again.returncode == 0, again.stderr
+    assert "2 of 2 runs are in" in again.stdout
+    assert (done.folder / "dqn" / "seed0" / "checkpoint" / "state.pt").stat().st_mtime_ns == stamp
+    other = json.loads((done.folder / "comparison.json").read_text())
+    assert other["policies"][0]["reward"] == done.report["policies"][0]["reward"]
+    assert other["sensitivity"] is None
+
+
+def test_runs_of_another_configuration_are_refused(done) -> None:
+    other = run("compare.py", *[w if w != "steps=600" else "steps=700" for w in done.words])
+    assert other.returncode == 2
+    assert "holds a run with another steps: choose another folder" in other.stderr
+    cfg, _ = tiny()
+    assert {(r.policy, r.seed) for r in runs_in(done.folder, cfg.env)} == {("dqn", 0), ("dqn", 1)}
+    cfg.env.session.slate_size = 2
+    with pytest.raises(ValueError, match=r"env\.session\.slate_size was 1, is 2"):
+        runs_in(done.folder, cfg.env)
+
+
+def test_a_folder_without_runs_is_named(tmp_path) -> None:
+    cfg, _ = tiny()
+    with pytest.raises(ValueError, match="holds no finished run"):
+        runs_in(tmp_path, cfg.env)
+    with pytest.raises(ValueError, match="is no folder"):
+        runs_in(tmp_path / "none", cfg.env)
+
+
+def test_an_agent_that_is_not_there_is_named() -> None:
+    ran = run("compare.py", "agents=[dqm]")
+    assert ran.returncode == 2
+    assert "there is no agent 'dqm', did you mean 'dqn'?" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"agents": []}, "agents must be a list of at least one"),
+        ({"seeds": 0}, "seeds must be a whole number of at least 1, got 0"),
+        ({"examples": -1}, "examples must be a whole number of at least 0"),
+        ({"device": "tpu"}, "device must be auto, cpu or cuda"),
+        ({"sensitivity": "no"}, "sensitivity must be true or false, got 'no'"),
+        ({"assumptions": ["patiance"]}, "none called 'patiance', did you mean 'patience'?"),
+        ({"frozen_temperature": -1}, "frozen_temperature must be above 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changed, said) -> None:
+    with pytest.raises(ValueError, match=said):
+        checked(tiny(**changed)[0])
+
+
+def test_a_multirun_ends_with_one_report_of_its_runs(tmp_path) -> None:
+    done = run("train_agent.py", "-m", "env=tiny", "agent=dqn,popularity", "steps=300",
+               "eval_every=150", "eval_users=20", "evaluators=1", "frozen_users=60",
+               "progress=false", RECPLAY_SWEEP=str(tmp_path))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"report: {tmp_path}/tiny/report.html" in done.stdout
+    found = json.loads((tmp_path / "tiny" / "comparison.json").read_text())
+    assert found["learners"] == ["dqn"]  # popularity was in the sweep and does not learn
+    assert {"popularity", "buy_again", "ease", "random"} <= {*found["statics"]}
+
+
+# parts
+
+
+def tiny(**changed):
+    env = OmegaConf.load(ROOT / "experiments/conf/env/tiny.yaml")
+    base = OmegaConf.load(ROOT / "experiments/conf/compare.yaml")
+    for key in ("defaults", "hydra"):
+        base.pop(key)
+    base.env_name = "tiny"
+    base.progress = False
+    base.evaluators = 2
+    cfg = OmegaConf.merge(base, {"env": env}, changed)
+    return cfg, prepare(cfg, "cpu")
+
+
+def played(reward, shown=None, chosen=None) -> Played:
+    reward = np.asarray(reward, dtype=float)
+    some = np.ones(4, dtype=np.int64)
+    return Played(reward, np.ones_like(reward), reward, 0.5,
+                  np.stack([some if shown is None else np.array(shown)] * len(reward)),
+                  some if chosen is None else np.array(chosen))  # fmt: skip
+
+
+def test_each_assumption_that_is_off_is_tried_on() -> None:
+    cfg, worlds = tiny()
+    found = {(v.assumption, v.label): v.value for v in variants(cfg, worlds.test[0])}
+    assert found["patience", "half (0.1)"] == pytest.approx(0.1)
+    assert found["drift", "on, 0.2 (is off)"] == pytest.approx(0.2)
+    assert found["drift", "on, 0.1 (is off)"] == pytest.approx(0.1)
+    assert ("choice", "cascade") not in found  # of a slate of one it is the same as independent
+    cfg.env.session.slate_size = 3
+    found = {(v.assumption, v.label): v.value for v in variants(cfg, worlds.test[0])}
+    assert found["choice", "cascade"] == "cascade"
+    cfg.env.simulator.patience = 0.6
+    found = {(v.assumption, v.label): v.value for v in variants(cfg, worlds.test[0])}
+    assert found["patience", "double (1)"] == 1.0  # a probability
+    assert ("position", "half (0)") not in found
+
+
+def test_patience_that_doubles_shortens_sessions() -> None:
+    from agents.random import Random
+    from experiments.compared_play import Variant, simulators_with
+    from experiments.policies import agent_spec
+
+    cfg, worlds = tiny(sensitivity_simulators=1)
+    agents = {"random": [Random(agent_spec(cfg, worlds, "cpu"))]}
+    vectors = worlds.events.vectors
+    hasty = simulators_with(cfg, worlds, Variant("patience", "", 0.8))
+    calm = play_all(cfg, worlds.test[:1], agents, vectors, 60, "", oracle=False)
+    short = play_all(cfg, hasty, agents, vectors, 60, "", oracle=False)
+    assert short["random"].length.mean() < calm["random"].length.mean() - 0.5
+
+
+def test_a_stranger_shows_everybody_the_same_and_leaves_the_observation() -> None:
+    from agents.popular import BuyAgain
+    from agents.static import Static
+
+    spec = synthetic_spec(slate_size=2)
+    obs = synthetic_observation(spec, 5, torch.Generator().manual_seed(0))
+    obs = without(obs, ("history", "feedback"))
+    past = obs.past.clone()
+    agent = Stranger(Static(spec, model=BuyAgain), obs.profile)
+    slate = agent.act(obs, None, explore=False).slate
+    assert (slate == slate[0]).all()
+    assert torch.equal(obs.past, past)
+
+
+def test_a_tally_counts_revenue_choices_and_diversity() -> None:
+    tally = Tally(2, torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 0.0]]))
+    rows = torch.tensor([0, 1])
+    chosen = torch.tensor([[True, False], [False, False]])
+    response = SimpleNamespace(chosen={"buy": chosen}, value=torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
+    tally.see(rows, None, {"slate": torch.tensor([[0, 1], [0, EMPTY]]), "response": response})
+    tally.see(rows[1:], None, {"slate": torch.tensor([[0, 0], [2, EMPTY]]), "response": response})
+    assert tally.revenue.tolist() == [3.0, 0.0]
+    assert tally.chosen.tolist() == [1, 0, 0]
+    assert tally.diversity().tolist() == [1.0, 0.0]  # orthogonal; the same direction
+    session = Sessions(torch.ones(2), torch.ones(2, dtype=torch.int64), torch.ones(3))
+    both = together([[(session, tally)], [(session, tally)]])
+    assert both.reward.shape == (2, 1, 2)
+    assert both.diversity == 0.5
+    assert both.shown.tolist() == [[1, 1, 1], [1, 1, 1]]
+
+
+def test_coverage_is_that_of_one_seed_not_of_all_together() -> None:
+    figures = exposed_by_seed(np.array([[4, 0], [0, 4]]), np.array([1, 1]))
+    assert figures["coverage"] == 0.5
+
+
+def test_runs_with_other_settings_are_other_policies_and_a_copy_is_no_seed(done, tmp_path) -> None:
+    cfg, _ = tiny()
+    one = done.folder / "dqn" / "seed0"
+    for name, gamma in (("a", 0.8), ("b", 0.3)):
+        shutil.copytree(one, tmp_path / name)
+        config = OmegaConf.load(tmp_path / name / "config.yaml")
+        config.agent.gamma = gamma
+        OmegaConf.save(config, tmp_path / name / "config.yaml")
+    found = [run.policy for run in runs_in(tmp_path, cfg.env)]
+    assert found == ["dqn gamma=0.8", "dqn gamma=0.3"]
+    shutil.copytree(one, tmp_path / "copy")
+    with pytest.raises(ValueError, match=r"are the same run, dqn gamma=0\.8 with seed 0"):
+        runs_in(tmp_path, cfg.env)
+
+
+def test_a_folder_is_held_by_one_comparison(tmp_path) -> None:
+    with alone(tmp_path), pytest.raises(ValueError, match="in use by another comparison"):
+        alone(tmp_path).__enter__()
+    (tmp_path / "in-use").write_text("999999999")  # of a process that was killed
+    with alone(tmp_path):
+        assert (tmp_path / "in-use").read_text() == str(os.getpid())
+    assert not (tmp_path / "in-use").exists()
+
+
+def test_exposure_figures_by_hand() -> None:
+    figures = exposed(np.array([3, 1, 0, 0]), np.array([6, 1, 0, 1]))
+    assert figures["coverage"] == 0.5
+    assert figures["gini"] == pytest.approx((-3 * 0 - 1 * 0 + 1 * 1 + 3 * 3) / (4 * 4))
+    bits = -np.log2(np.array([7, 2]) / 12)
+    assert figures["novelty"] == pytest.approx((3 * bits[0] + bits[1]) / 4)
+
+
+def test_differences_are_paired_and_ab_sizes_fall_with_the_square() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(1.0, 1.0, (1, 2, 300))
+    all_ = {"a": played(base), "b": played(base + 0.05), "c": played(base + 0.1)}
+    gaps = {g["policy"]: g for g in differences(all_, np.arange(300), "a")}
+    assert gaps["b"]["low"] == pytest.approx(0.05)  # the same noise: nothing unsure
+    assert gaps["b"]["claim"] == "better than a"
+    sizes = {r["policy"]: r for r in ab_test(all_, "a")["rows"]}
+    assert sizes["b"]["per_arm"] == pytest.approx(4 * sizes["c"]["per_arm"], rel=0.01)
+    assert sizes["b"]["per_arm_one_percent"] == sizes["c"]["per_arm_one_percent"]
+
+
+def test_thirds_of_sales_and_newest_items_are_what_they_say() -> None:
+    _, worlds = tiny()
+    n = worlds.events.num_items
+    shown = np.arange(n)
+    found = exposure(worlds, {"a": played([[[1.0]]], shown, shown)})[0]
+    sales = [g["sales_share"] for g in found["groups"]]
+    assert sum(sales) == pytest.approx(1.0)
+    assert all(0.2 < s < 0.45 for s in sales)
+    shares = [g["catalogue_share"] for g in found["groups"]]
+    assert shares == sorted(shares)  # few items make the first third of sales
+    assert new_items(worlds, {"a": played([[[1.0]]], shown, shown)}, {}) is None
+    worlds = replace(worlds, replay=object())  # as if it came from a log
+    fresh = new_items(worlds, {"a": played([[[1.0]]], shown, shown)}, {})
+    assert fresh["items"] == round(0.1 * n)
+    assert 0 < fresh["rows"][0]["shown_share"] < 1
+
+
+def test_what_is_assumed_is_listed_with_its_value() -> None:
+    cfg, worlds = tiny()
+    found = {row["name"]: row for row in assumed(cfg, worlds)}
+    assert found["patience"]["value"] == "0.2"
+    assert found["drift"]["value"] == "0, off"
+    assert all(row["kind"] == "assumed" for row in found.values())
+
+
+def test_words_for_a_past_and_lists_of_items() -> None:
+    assert (ago(0.2), ago(1.0), ago(9.7)) == ("today", "1 day ago", "10 days ago")
+    assert (times(1.0), times(3.0)) == ("once", "3 times")
+    spec = synthetic_spec()
+    obs = synthetic_observation(spec, 1, torch.Generator().manual_seed(0))
+    blank = without(obs, ("past", "past_count"))
+    assert (blank.past == EMPTY).all()
+    assert (blank.past_count == 0).all()
+    catalog = SimpleNamespace(texts=[f"thing {i}" for i in range(spec.num_items)])
+    unit = torch.eye(spec.num_items)
+    own = int(obs.past[0, 0])
+    assert nearest(catalog, unit, obs, own).startswith("bought before")
+    other = next(i for i in range(spec.num_items) if i not in obs.past[0].tolist())
+    assert "new to the user, most like thing" in nearest(catalog, unit, obs, other)
+    assert listed(torch.tensor([[2, EMPTY], [0, 1]]), 3).toarray().tolist() == [
+        [0, 0, 1],
+        [1, 1, 0],
+    ]
