@@ -195,7 +195,7 @@ def signs(report: Report) -> str:
     how = (
         f"Sign of each difference from {against} when one assumption of the simulator is another "
         "than the policies were trained with. + and − in colour: the interval excludes 0; faint "
-        "with ~: it does not; framed: the sign is another than among the differences above."
+        "with ~: it does not; framed: the sign is another than as it is."
     )
     body = [[text(label(row)), *(cell(rows[0], row, policy) for policy in names)] for row in rows]
     turned = [flips(report, policy) for policy in names]

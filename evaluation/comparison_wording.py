@@ -116,6 +116,10 @@ def held(report: Report, policy: str) -> str:
     flipped, sure, among = flips(report, policy)
     if not among:
         return ""
+    row = {"differences": {policy: of(report.get("differences"), policy)}}
+    first, whole = sign(report["sensitivity"]["rows"][0], policy)[0], sign(row, policy)[0]
+    if whole and first != whole:
+        return f"On the fewer sessions with changed assumptions its sign is {first} as it is. "
     if not flipped:
         return f"None of {among} changed assumptions turns its sign. "
     doubt = f", {len(sure)} of them with an interval that excludes 0" if sure else ""
@@ -184,8 +188,7 @@ def sign(row: Row, policy: str) -> tuple[str, bool]:
 def flips(report: Report, policy: str) -> tuple[list[str], list[str], int]:
     """Assumptions that turn the sign of a difference, those that do so surely, of how many."""
     rows = (report.get("sensitivity") or {}).get("rows") or []
-    headline = {"differences": {policy: of(report.get("differences"), policy)}}
-    first = sign(headline, policy)[0] or (sign(rows[0], policy)[0] if rows else "")
+    first = sign(rows[0], policy)[0] if rows else ""
     told = [(label(row), *sign(row, policy)) for row in rows[1:]] if first else []
     told = [cell for cell in told if cell[1]]
     turned = [cell for cell in told if {cell[1], first} == {"+", "−"}]

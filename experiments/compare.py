@@ -176,7 +176,13 @@ def valued(
         return {"values": {}, "notes": [why], "baseline": None}
     from experiments.compared_logs import off_policy
 
-    return off_policy(cfg, logged[0], {name: seeds[0] for name, seeds in agents.items()})
+    found = off_policy(cfg, logged[0], {name: seeds[0] for name, seeds in agents.items()})
+    if worlds.replay is not None:
+        found["notes"].append(
+            "The shop's own log holds what was bought, not what was shown: no policy can be valued "
+            "from it."
+        )
+    return found
 
 
 def heading(

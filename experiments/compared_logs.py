@@ -37,7 +37,8 @@ def off_policy(cfg: DictConfig, run: Run, agents: dict[str, Agent]) -> dict[str,
     values = {name: {**value(table, name), "unit": unit} for name in targets}
     left = [name for name in others if name not in scored]
     notes = [
-        *question.notes,
+        f"{question.log.num_rows:,} decisions of the frozen {run.policy}, seed {run.seed}",
+        *question.notes[1:],
         *(f"{name} has no scores to make a softmax of: not judged" for name in left),
         *caveats(table),
     ]
