@@ -107,6 +107,7 @@ class Static:
     def state_dict(self) -> dict[str, Any]:
         return {
             "kind": type(self.model).__name__,
+            "settings": settings_of(self.model),
             "model": self.model.state_dict(),
             "generator": self.generator.get_state(),
             "device": self.generator.device.type,
@@ -118,6 +119,13 @@ class Static:
             raise ValueError(
                 f"the checkpoint is of a {state['kind']}, the agent asked for is a {mine}: choose "
                 "the agent that was saved"
+            )
+        ours, theirs = settings_of(self.model), state["settings"]
+        if differs := [k for k in ours if k != "num_items" and theirs.get(k) != ours[k]]:
+            k = differs[0]  # histories would be read in another way than the model was fitted for
+            raise ValueError(
+                f"the checkpoint is of a {mine} with {k}={theirs.get(k)}, the agent asked for has "
+                f"{k}={ours[k]}: choose the settings it was saved with"
             )
         self.model.load_state_dict(state["model"])
         if state["device"] == self.generator.device.type:  # generators of devices do not translate
@@ -138,3 +146,9 @@ class Static:
         """First-slot probabilities (B, N) float64."""
         level = standardised(self.scores(obs), allowed)
         return softmax_uniform(level, allowed, self.temperature, 0.0)
+
+
+def settings_of(model: Any) -> dict[str, Any]:
+    """What a model keeps of how it was told to read histories: its plain attributes."""
+    kept = vars(model).items()
+    return {k: v for k, v in kept if v is None or isinstance(v, bool | int | float | str)}

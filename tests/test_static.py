@@ -164,3 +164,11 @@ def test_frozen_refuses_what_it_cannot_use():
         Frozen(popularity, spec, temperature=0.0)
     with pytest.raises(ValueError, match="uniform must be in"):
         Frozen(popularity, spec, uniform=1.5)
+
+
+def test_a_checkpoint_of_other_settings_is_refused():
+    spec = synthetic_spec()
+    saved = Static(spec, model=partial(EASE, weight="binary")).state_dict()
+    with pytest.raises(ValueError, match="weight=binary, the agent asked for has weight=count"):
+        Static(spec, model=partial(EASE, weight="count")).load_state_dict(saved)
+    Static(spec, model=partial(EASE, weight="binary")).load_state_dict(saved)
