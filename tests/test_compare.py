@@ -38,8 +38,9 @@ from experiments.compared_play import (
     variants,
 )
 from experiments.compared_runs import alone, runs_in
-from experiments.compared_words import ago, nearest, times, without
+from experiments.compared_words import ago, introduced, nearest, times, without
 from experiments.prepare import prepare
+from experiments.sweep import report_command
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["env=tiny", "steps=600", "eval_every=300", "num_envs=50", "eval_users=40", "evaluators=2",
@@ -262,14 +263,17 @@ def test_a_tally_counts_revenue_choices_and_diversity() -> None:
     chosen = torch.tensor([[True, False], [False, False]])
     response = SimpleNamespace(chosen={"buy": chosen}, value=torch.tensor([[3.0, 0.0], [0.0, 0.0]]))
     tally.see(rows, None, {"slate": torch.tensor([[0, 1], [0, EMPTY]]), "response": response})
-    tally.see(rows[1:], None, {"slate": torch.tensor([[0, 0], [2, EMPTY]]), "response": response})
-    assert tally.revenue.tolist() == [3.0, 0.0]
+    later = SimpleNamespace(chosen={"buy": chosen & False}, value=torch.full((2, 2), 2.0))
+    slate = torch.tensor([[1, EMPTY], [2, EMPTY]])
+    tally.see(rows, None, {"slate": slate, "response": later})
+    assert tally.revenue.tolist() == [7.0, 4.0]  # 3, then twice 2; twice 2
     assert tally.chosen.tolist() == [1, 0, 0]
-    assert tally.diversity().tolist() == [1.0, 0.0]  # orthogonal; the same direction
+    # items 0, 1, 1: of three pairs two are orthogonal; items 0 and 2 point the same way
+    assert tally.diversity().tolist() == pytest.approx([2 / 3, 0.0])
     session = Sessions(torch.ones(2), torch.ones(2, dtype=torch.int64), torch.ones(3))
     both = together([[(session, tally)], [(session, tally)]])
     assert both.reward.shape == (2, 1, 2)
-    assert both.diversity == 0.5
+    assert both.diversity == pytest.approx(1 / 3)
     assert both.shown.tolist() == [[1, 1, 1], [1, 1, 1]]
 
 
@@ -365,3 +369,32 @@ def test_words_for_a_past_and_lists_of_items() -> None:
         [0, 0, 1],
         [1, 1, 0],
     ]
+
+
+def test_who_came_is_told_by_their_latest_purchases_wherever_they_stand() -> None:
+    spec = synthetic_spec()
+    obs = synthetic_observation(spec, 1, torch.Generator().manual_seed(0))
+    past = torch.full_like(obs.past, EMPTY)
+    count, age = torch.zeros_like(obs.past_count), torch.zeros_like(obs.past_age)
+    past[0, 1:4] = torch.tensor([5, 6, 7])  # the first place is empty
+    count[0, 1:4] = torch.tensor([2.0, 1.0, 4.0])
+    age[0, 1:4] = torch.tensor([40.0, 3.0, 9.0])
+    obs = replace(obs, past=past, past_count=count, past_age=age)
+    catalog = SimpleNamespace(texts=[f"thing {i}" for i in range(spec.num_items)])
+    users = SimpleNamespace(ids=np.array([77]))
+    said = introduced(SimpleNamespace(catalog=catalog, users=users), 0, obs)
+    assert "user 77, who bought 3 different items before" in said
+    assert said.endswith(
+        "thing 6 (3 days ago, once); thing 7 (9 days ago, 4 times); thing 5 (40 days ago, 2 times)"
+    )
+    told = nearest(catalog, torch.eye(spec.num_items), obs, 7)
+    assert told == "bought before: 4 times, the last time 9 days ago"
+
+
+def test_what_was_swept_is_not_typed_again_for_the_report(tmp_path) -> None:
+    typed = ["seed=0,1", "steps=100,200", "eval_users=20", "env.session.max_steps=3", "+x.y=1"]
+    config = OmegaConf.create({"hydra": {"runtime": {"config_sources": []},
+                                         "overrides": {"task": typed}}})  # fmt: skip
+    words = report_command(tmp_path / "tiny", config)
+    assert {"env=tiny", "eval_users=20", "env.session.max_steps=3"} <= {*words}
+    assert not any(w.startswith(("steps=", "seed=", "+x")) for w in words)

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from agents.content import BELOW, ContentKNN, directions, tfidf
 from agents.interactions import Interactions, history, popular_ranks
+from experiments import cold_items
 from experiments.cold_items import cold_table, mean_row, only, ranked
 from sources.logs import Logs, Roles
 
@@ -195,3 +196,23 @@ def test_a_log_without_texts_or_without_seeds_is_refused():
         cold_table(shop(texts=False), by_kind)
     with pytest.raises(ValueError, match="seeds must be at least 1"):
         cold_table(shop(), by_kind, seeds=0)
+
+
+def test_nobody_is_fitted_on_a_hidden_item(monkeypatch):
+    rng = np.random.default_rng(0)
+    rows = [(u, i, pd.Timestamp("2024-01-01") + pd.Timedelta(hours=h), "buy", 1.0)
+            for u in range(20) for h, i in enumerate(rng.permutation(15)[:8])]  # fmt: skip
+    events = pd.DataFrame(rows, columns=["user", "item", "time", "behaviour", "value"])
+    items = pd.DataFrame({"item": range(15), "text": [f"word{i} thing" for i in range(15)]})
+    logs = Logs.create(events, items, roles=Roles(item_text=("text",)))
+    seen = []
+
+    def looked_at(rest, kept_out, *given):
+        seen.append((set(rest.item.tolist()), set(kept_out.item.tolist())))
+        return real(rest, kept_out, *given)
+
+    real = cold_items.cold_models
+    monkeypatch.setattr(cold_items, "cold_models", looked_at)
+    cold_items.cold_table(logs, lambda texts: torch.eye(len(texts)), seeds=2)
+    assert len(seen) == 2
+    assert all(fitted.isdisjoint(hidden) and hidden for fitted, hidden in seen)

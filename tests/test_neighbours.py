@@ -225,3 +225,10 @@ def test_knobs_out_of_range_are_refused():
         RP3beta(x, alpha=-1.0)
     with pytest.raises(ValueError, match="beta must be at least 0, got nan"):
         RP3beta(x, beta=float("nan"))
+
+
+def test_of_equally_similar_neighbours_none_is_kept_for_its_id():
+    near = item_similarity(csr_matrix(np.ones((30, 60))), 6, 0.0, own=False)
+    kept = near.indices.reshape(60, 6)[0]  # all are as near as any other
+    assert sorted(kept) != [1, 2, 3, 4, 5, 6]
+    assert kept.mean() > 10
