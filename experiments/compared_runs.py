@@ -115,6 +115,19 @@ def flat(config: DictConfig) -> dict[str, Any]:
             "num_envs": config.num_envs}  # fmt: skip
 
 
+def running(owner: str) -> bool:
+    """Whether the process of this number is there; one that was killed left its lock behind."""
+    if os.name != "posix" or not owner.isdigit():
+        return os.name != "posix"
+    try:
+        os.kill(int(owner), 0)  # asks only
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of somebody else
+        return True
+    return True
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold a folder: two comparisons in one would take each other's runs away."""
@@ -123,10 +136,10 @@ def alone(folder: Path) -> Iterator[None]:
         lock.touch(exist_ok=False)
     except FileExistsError:
         owner = lock.read_text().strip()
-        if owner and Path(f"/proc/{owner}").exists():
+        if running(owner):
             raise ValueError(
-                f"{folder} is in use by another comparison (process {owner}): wait for it, or "
-                "choose another out_dir"
+                f"{folder} is in use by another comparison (process {owner}): wait for it, "
+                f"choose another out_dir, or delete {lock} if it is over"
             ) from None
     lock.write_text(str(os.getpid()))
     try:
