@@ -54,6 +54,7 @@ class AgentSpec:
     device: str = "cpu"
     seed: int = 0
     events: Interactions | None = None  # the same one by one, in time order; None: only the counts
+    total_steps: int | None = None  # env steps of the whole training: schedules end with it
 
     def __post_init__(self) -> None:
         if not 1 <= self.slate_size <= self.num_items:
@@ -75,7 +76,13 @@ class AgentSpec:
 
 @runtime_checkable
 class Agent(Protocol):
-    """A policy that may learn. `slate_probs` is the policy: `act` samples from it."""
+    """A policy that may learn. `slate_probs` is the policy: `act` samples from it.
+
+    A learner may also have `experience()` and `load_experience(state)`: what it has lived through
+    and not yet forgotten (replay, open rollout, pending feedback). `state_dict` is what serving
+    needs; both together are what training needs to go on bit for bit. `scores(obs)` (B, N) lets it
+    be frozen into a stochastic policy.
+    """
 
     def act(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Decision: ...
 

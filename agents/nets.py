@@ -28,6 +28,7 @@ FADES = (
 BENDS = 16  # hidden units on the traces: wishes multiply, a straight line would go below zero
 LEFT = 8  # best items of the past not shown yet that V(s) looks at
 TRACES = 6 + 2 * len(FADES)  # features of the memory term
+HEADS = ("dot", "dense", "two_tower")
 
 
 @dataclass(frozen=True)
@@ -58,27 +59,14 @@ def item_features(vectors: Tensor, rank: int = RANK) -> Tensor:
     return (main / main.square().sum(dim=1).mean().sqrt().clamp(min=1e-12)).float()
 
 
-class QNet(nn.Module):
-    """Observation to values (B, N)."""
+class Reader(nn.Module):
+    """Read observations into what nets see of them; nothing in it is learnt."""
 
     items: Tensor  # (N + 1, R + 1): main axes and log popularity, a row of zeros for EMPTY
     fame: Tensor  # (N + 1, 2): log popularity, and popularity itself
 
-    def __init__(
-        self,
-        spec: AgentSpec,
-        *,
-        head: str = "dot",
-        width: int = 128,
-        dueling: bool = True,
-        memory: bool = True,
-    ) -> None:
-        if head not in ("dot", "dense"):
-            raise ValueError(f"head must be dot or dense, got {head!r}")
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+    def __init__(self, spec: AgentSpec, *, memory: bool = True) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(spec.seed)
         main = item_features(spec.item_vectors.cpu())  # (N, R)
         log = (spec.popularity.cpu() + 1e-4).log()  # (N,)
         log = (log - log.mean()) / log.std(correction=0).clamp(min=1e-6)
@@ -86,106 +74,14 @@ class QNet(nn.Module):
         share = spec.popularity.cpu().float() * 10.0  # near unit size for what sells well
         self.register_buffer("fame", F.pad(torch.stack([log, share], dim=1), (0, 0, 0, 1)))
         self.register_buffer("items", table)  # saved: axes may differ in sign on another machine
-        self.head, self.dueling, self.memory = head, dueling, memory
-        self.scale = 1.0 / math.sqrt(width)
-        size = table.shape[1]
-        means = size * (3 + spec.feedback_size)
-        scalars = 3 + spec.feedback_size
-        state = spec.profile_size + spec.context_size + means + scalars
-        self.body = nn.Sequential(
-            linear(state, width, generator),
-            nn.LayerNorm(width),
-            nn.ReLU(),
-            linear(width, width, generator, gain=math.sqrt(3.0)),
-            nn.ReLU(),
-        )
-        self.famous = linear(2, 1, generator, gain=0.1)
-        if head == "dot":
-            self.user = linear(width, width, generator)
-            self.item = linear(size, width, generator, gain=0.2)  # values start near zero
-            self.bias = linear(size, 1, generator, gain=0.1)
-        else:
-            self.dense = linear(width, spec.num_items, generator, gain=0.1)
-        if dueling:
-            self.value = linear(width, 1, generator, gain=0.1)
-        if memory:
-            self.recall = nn.Parameter(torch.zeros(TRACES))
-            self.bend = linear(TRACES, BENDS, generator)
-            self.bent = nn.Parameter(torch.zeros(BENDS))
-            self.left = linear(min(LEFT, spec.past_size), 1, generator, gain=0.1)
+        self.memory = memory
+        means = table.shape[1] * (3 + spec.feedback_size)
+        self.size = spec.profile_size + spec.context_size + means + 3 + spec.feedback_size  # U
         self.to(spec.device)
 
-    def forward(self, obs: Observation) -> Tensor:
-        return self.values(self.read(obs))  # (B, N)
-
-    def personal(self) -> list[nn.Parameter]:
-        """The weights that give every user an opinion of every item: they fit noise first."""
-        layers = (self.user, self.item, self.bias) if self.head == "dot" else (self.dense,)
-        return [p for layer in layers for p in layer.parameters()]
-
-    def read(self, obs: Observation) -> Seen:
-        """Observations to the input of any net of this catalogue."""
+    def forward(self, obs: Observation) -> Seen:
         traces = self.traces(obs) if self.memory else obs.past_count[:, None, :][:, :0]  # (B, 0, H)
         return Seen(self.state(obs), obs.past, traces, self.used_up(obs))
-
-    def values(self, seen: Seen) -> Tensor:
-        """Values (B, N) of all items."""
-        hidden = self.body(seen.state)  # (B, W)
-        table = self.items[:-1]  # (N, R + 1)
-        if self.head == "dot":
-            item = self.item(table)  # (N, W)
-            q = torch.addmm(
-                self.bias(table).T, self.user(hidden), item.T, alpha=self.scale
-            )  # (B, N)
-        else:
-            q = self.dense(hidden)  # (B, N)
-        q = q + self.famous(self.fame[:-1]).T  # (B, N)
-        extra = self.extra(hidden, seen)  # (B, H)
-        q.scatter_add_(1, seen.past.clamp(min=0), extra)
-        return q.add_(self.level(hidden, extra, seen.shown))
-
-    def values_of(self, seen: Seen, slate: Tensor) -> Tensor:
-        """Values of a slate (B, K) alone, as `values` gives them: far cheaper to learn from."""
-        hidden = self.body(seen.state)  # (B, W)
-        index = slate.clamp(min=0)  # (B, K)
-        if self.head == "dot":
-            chosen = self.items[index]  # (B, K, R + 1)
-            fit = (self.item(chosen) * self.user(hidden)[:, None, :]).sum(dim=2)  # (B, K)
-            q = self.scale * fit + self.bias(chosen).squeeze(2)
-        else:
-            weight, bias = self.dense.weight[index], self.dense.bias[index]  # (B, K, W), (B, K)
-            q = (weight * hidden[:, None, :]).sum(dim=2) + bias
-        q = q + self.famous(self.fame[index]).squeeze(2)
-        extra = self.extra(hidden, seen)  # (B, H)
-        match = index[:, :, None] == seen.past[:, None, :]  # (B, K, H)
-        return q + (match * extra[:, None, :]).sum(dim=2) + self.level(hidden, extra, seen.shown)
-
-    def extra(self, hidden: Tensor, seen: Seen) -> Tensor:
-        """What items of the past are worth besides (B, H): their traces, weighed by the state."""
-        if not self.memory:
-            return torch.zeros(seen.past.shape, device=hidden.device)
-        straight = (self.recall[:, None] * seen.traces).sum(dim=1)  # (B, H)
-        bends = torch.relu(self.bend.weight @ seen.traces + self.bend.bias[:, None])  # (B, J, H)
-        return straight + (self.bent[:, None] * bends).sum(dim=1) * seen.traces[:, 0]
-
-    def level(self, hidden: Tensor, extra: Tensor, shown: Tensor) -> Tensor:
-        """What moves every item's value (B, 1) so that their mean is V(s) (Wang et al., 2016)."""
-        if not self.dueling:
-            return torch.zeros_like(hidden[:, :1])
-        if self.head == "dot":  # linear in the item: the mean value is the value of the mean item
-            average = self.items[:-1].mean(dim=0, keepdim=True)  # (1, R + 1)
-            mean = self.scale * (self.user(hidden) @ self.item(average).T) + self.bias(average)
-        else:
-            weight, bias = self.dense.weight.mean(dim=0), self.dense.bias.mean()  # (W,), ()
-            mean = (hidden @ weight)[:, None] + bias  # (B, 1)
-        mean = mean + extra.sum(dim=1, keepdim=True) / (len(self.items) - 1)
-        mean = mean + self.famous(self.fame[:-1].mean(dim=0))
-        value = self.value(hidden)
-        if self.memory:
-            # tenths: V(s) moves by much more than one item's value, and must not learn that slowly
-            left = 10.0 * extra.detach().masked_fill(shown, 0.0)  # (B, H)
-            value = value + self.left(left.topk(min(LEFT, left.shape[1]), dim=1).values)
-        return value - mean
 
     def used_up(self, obs: Observation) -> Tensor:
         """Which places (B, H) of the past are empty or were shown on this trip."""
@@ -244,3 +140,193 @@ class QNet(nn.Module):
             per_sample_weights=weight,
         )  # (B, R + 1)
         return total / weight.abs().sum(dim=1, keepdim=True).clamp(min=1e-6)
+
+
+class QNet(nn.Module):
+    """Observation to values (B, N), or to their quantiles (B, N, Q); a policy's logits as well."""
+
+    def __init__(
+        self,
+        spec: AgentSpec,
+        *,
+        head: str = "dot",
+        width: int = 128,
+        dueling: bool = True,
+        memory: bool = True,
+        quantiles: int = 1,
+        seed: int | None = None,
+    ) -> None:
+        if head not in HEADS:
+            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
+        for name, number in (("width", width), ("quantiles", quantiles)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        super().__init__()
+        generator = torch.Generator().manual_seed(spec.seed if seed is None else seed)
+        self.read = Reader(spec, memory=memory)
+        self.head, self.dueling, self.memory, self.quantiles = head, dueling, memory, quantiles
+        self.width, self.scale = width, 1.0 / math.sqrt(width)
+        size = self.items.shape[1]  # R + 1
+        self.body = body_of(self.read.size, width, generator)
+        self.famous = linear(2, 1, generator, gain=0.1)
+        if head == "dense":
+            self.dense = linear(width, spec.num_items * quantiles, generator, gain=0.1)
+        else:
+            self.user = linear(width, width * quantiles, generator)
+            self.item: nn.Module = (
+                linear(size, width, generator, gain=0.2)  # values start near zero
+                if head == "dot"
+                else tower_of(size, width, generator)
+            )
+            self.bias = linear(size, 1, generator, gain=0.1)
+        if dueling or quantiles > 1:
+            self.value = linear(width, quantiles, generator, gain=0.1)
+        if memory:
+            self.recall = nn.Parameter(torch.zeros(TRACES))
+            self.bend = linear(TRACES, BENDS, generator)
+            self.bent = nn.Parameter(torch.zeros(BENDS))
+            if dueling:
+                self.left = linear(min(LEFT, spec.past_size), 1, generator, gain=0.1)
+        self.to(spec.device)
+
+    @property
+    def items(self) -> Tensor:
+        """Features (N + 1, R + 1) of items, a row of zeros for EMPTY."""
+        return self.read.items
+
+    def forward(self, obs: Observation) -> Tensor:
+        return self.values(self.read(obs))  # (B, N)
+
+    def personal(self) -> list[nn.Parameter]:
+        """The weights that give every user an opinion of every item: they fit noise first."""
+        layers = (self.dense,) if self.head == "dense" else (self.user, self.item, self.bias)
+        return [p for layer in layers for p in layer.parameters()]
+
+    def values(self, seen: Seen) -> Tensor:
+        """Values (B, N) of all items; with quantiles (B, N, Q)."""
+        hidden = self.body(seen.state)  # (B, W)
+        table = self.items[:-1]  # (N, R + 1)
+        if self.quantiles > 1:
+            q = self.spread(hidden, self.item(table) if self.head != "dense" else None)
+            if self.head != "dense":
+                q = q + self.bias(table)
+            q = q + self.famous(self.read.fame[:-1])  # (B, N, Q)
+        elif self.head == "dense":
+            q = self.dense(hidden) + self.famous(self.read.fame[:-1]).T  # (B, N)
+        else:
+            item = self.item(table)  # (N, W)
+            q = torch.addmm(
+                self.bias(table).T, self.user(hidden), item.T, alpha=self.scale
+            )  # (B, N)
+            q = q + self.famous(self.read.fame[:-1]).T
+        q = q.float()  # autocast makes products bfloat16
+        extra = self.extra(hidden, seen)  # (B, H)
+        past = seen.past.clamp(min=0)  # (B, H)
+        if self.quantiles > 1:
+            wide = (*past.shape, self.quantiles)  # (B, H, Q)
+            q = q.scatter_add(1, past[:, :, None].expand(wide), extra[:, :, None].expand(wide))
+            return q + self.level(hidden, extra, seen.shown)[:, None, :]
+        q.scatter_add_(1, past, extra)
+        return q.add_(self.level(hidden, extra, seen.shown))
+
+    def values_of(self, seen: Seen, slate: Tensor) -> Tensor:
+        """Values of a slate (B, K) alone, as `values` gives them: far cheaper to learn from."""
+        hidden = self.body(seen.state)  # (B, W)
+        index = slate.clamp(min=0)  # (B, K)
+        if self.head == "dense":
+            weight = self.dense.weight.view(-1, self.quantiles, self.width)[index]  # (B, K, Q, W)
+            bias = self.dense.bias.view(-1, self.quantiles)[index]  # (B, K, Q)
+            q = (weight * hidden[:, None, None, :]).sum(dim=3) + bias
+        else:
+            chosen = self.items[index]  # (B, K, R + 1)
+            user = self.user(hidden).view(len(hidden), 1, self.quantiles, self.width)
+            fit = (self.item(chosen)[:, :, None, :] * user).sum(dim=3)  # (B, K, Q)
+            q = self.scale * fit + self.bias(chosen)
+        q = q + self.famous(self.read.fame[index])  # (B, K, Q)
+        extra = self.extra(hidden, seen)  # (B, H)
+        match = index[:, :, None] == seen.past[:, None, :]  # (B, K, H)
+        q = q + (match * extra[:, None, :]).sum(dim=2, keepdim=True)
+        q = q + self.level(hidden, extra, seen.shown)[:, None, :]
+        return q.squeeze(2) if self.quantiles == 1 else q
+
+    def spread(self, hidden: Tensor, item: Tensor | None) -> Tensor:
+        """Hidden (B, W) and items (N, W) to quantiles (B, N, Q) before biases."""
+        b = len(hidden)
+        if item is None:
+            return self.dense(hidden).view(b, -1, self.quantiles)
+        user = self.user(hidden).view(b * self.quantiles, self.width)
+        return self.scale * (user @ item.T).view(b, self.quantiles, -1).transpose(1, 2)
+
+    def extra(self, hidden: Tensor, seen: Seen) -> Tensor:
+        """What items of the past are worth besides (B, H): their traces, weighed by the state."""
+        if not self.memory:
+            return torch.zeros(seen.past.shape, device=hidden.device)
+        straight = (self.recall[:, None] * seen.traces).sum(dim=1)  # (B, H)
+        bends = torch.relu(self.bend.weight @ seen.traces + self.bend.bias[:, None])  # (B, J, H)
+        return straight + (self.bent[:, None] * bends).sum(dim=1) * seen.traces[:, 0]
+
+    def level(self, hidden: Tensor, extra: Tensor, shown: Tensor) -> Tensor:
+        """What moves all values (B, 1 or Q) so that their mean is V(s) (Wang et al., 2016)."""
+        if not self.dueling:
+            if self.quantiles > 1:
+                return self.value(hidden)
+            return torch.zeros_like(hidden[:, :1])
+        mean = self.mean_value(hidden)  # (B, Q)
+        mean = mean + extra.sum(dim=1, keepdim=True) / (len(self.items) - 1)
+        mean = mean + self.famous(self.read.fame[:-1].mean(dim=0))
+        value = self.value(hidden)
+        if self.memory:
+            # tenths: V(s) moves by much more than one item's value, and must not learn that slowly
+            left = 10.0 * extra.detach().masked_fill(shown, 0.0)  # (B, H)
+            value = value + self.left(left.topk(min(LEFT, left.shape[1]), dim=1).values)
+        return value - mean
+
+    def mean_value(self, hidden: Tensor) -> Tensor:
+        """The head's mean (B, Q) over all items."""
+        if self.head == "dense":
+            weight = self.dense.weight.view(-1, self.quantiles, self.width).mean(dim=0)  # (Q, W)
+            return hidden @ weight.T + self.dense.bias.view(-1, self.quantiles).mean(dim=0)
+        table = self.items[:-1]
+        average = table.mean(dim=0, keepdim=True)  # (1, R + 1)
+        # a dot head is linear in the item: the mean value is the value of the mean item
+        item = self.item(average if self.head == "dot" else table).mean(dim=0)  # (W,)
+        user = self.user(hidden).view(len(hidden), self.quantiles, self.width)
+        return self.scale * (user @ item) + self.bias(average)
+
+
+class ValueNet(nn.Module):
+    """What is read of observations to V(s), (B,)."""
+
+    def __init__(
+        self, spec: AgentSpec, *, width: int = 128, memory: bool = True, seed: int | None = None
+    ) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(spec.seed if seed is None else seed)
+        self.read = Reader(spec, memory=memory)
+        self.body = body_of(self.read.size, width, generator)
+        self.value = linear(width, 1, generator, gain=0.1)
+        self.to(spec.device)
+
+    def forward(self, seen: Seen) -> Tensor:
+        value: Tensor = self.value(self.body(seen.state))
+        return value.squeeze(1)
+
+
+def body_of(size: int, width: int, generator: torch.Generator) -> nn.Sequential:
+    """State (B, U) to a hidden layer (B, W)."""
+    return nn.Sequential(
+        linear(size, width, generator),
+        nn.LayerNorm(width),
+        nn.ReLU(),
+        linear(width, width, generator, gain=math.sqrt(3.0)),
+        nn.ReLU(),
+    )
+
+
+def tower_of(size: int, width: int, generator: torch.Generator) -> nn.Sequential:
+    """Item features (N, R + 1) to (N, W), bent: a tower of its own."""
+    return nn.Sequential(
+        linear(size, width, generator, gain=math.sqrt(3.0)),
+        nn.ReLU(),
+        linear(width, width, generator, gain=0.5),
+    )

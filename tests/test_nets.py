@@ -5,17 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agents.nets import LEFT, QNet, item_features
+from agents.nets import HEADS, LEFT, QNet, Reader, ValueNet, item_features
 from agents.testing import synthetic_observation, synthetic_spec
 from encoders.state import EMPTY
 
 SPEC = synthetic_spec(num_items=30, slate_size=3)
 FORMS = [
     {"head": head, "dueling": dueling, "memory": memory}
-    for head in ("dot", "dense")
+    for head in HEADS
     for dueling in (True, False)
     for memory in (True, False)
 ]
+QUANTILES = [{**form, "quantiles": 3} for form in FORMS]
 
 
 def observe(batch=6, seed=0):
@@ -119,5 +120,36 @@ def test_main_axes_keep_all_of_one_hot_vectors_and_the_similarity_of_others():
 
 
 def test_an_unknown_head_is_refused():
-    with pytest.raises(ValueError, match="dot or dense, got 'wide'"):
+    with pytest.raises(ValueError, match="dot, dense, two_tower, got 'wide'"):
         QNet(SPEC, head="wide")
+
+
+@pytest.mark.parametrize("form", QUANTILES)
+def test_quantiles_of_a_slate_are_those_of_its_items(form):
+    net, obs = shaken(form), observe()
+    slate = torch.rand(6, 30, generator=torch.Generator().manual_seed(2)).topk(12, dim=1).indices
+    slate[:, :4] = obs.past[:, :4].clamp(min=0)  # known items among them
+    q = net(obs)  # (6, 30, 3)
+    assert q.shape == (6, 30, 3)
+    some = net.values_of(net.read(obs), slate)  # (6, 12, 3)
+    expected = q.gather(1, slate[:, :, None].expand(6, 12, 3))
+    assert torch.allclose(some, expected, atol=1e-3, rtol=1e-4)
+    assert (q[:, :, 0] != q[:, :, 1]).any()
+
+
+def test_v_of_s_is_one_number_a_user_and_reads_the_state():
+    net, obs = ValueNet(SPEC, width=16), observe()
+    value = net(net.read(obs))
+    assert value.shape == (6,)
+    alone = torch.cat([net(net.read(obs[row : row + 1])) for row in range(6)])
+    assert torch.allclose(alone, value, atol=1e-6)
+    moved = replace(obs, profile=obs.profile + 1.0)
+    assert not torch.allclose(net(net.read(moved)), value)
+
+
+def test_nets_of_one_catalogue_read_the_same_whatever_their_seeds():
+    a, b = QNet(SPEC, seed=1).read(observe()), ValueNet(SPEC, seed=2).read(observe())
+    assert torch.equal(a.state, b.state)
+    assert torch.equal(a.traces, b.traces)
+    assert a.state.shape == (6, Reader(SPEC).size)
+    assert list(Reader(SPEC).parameters()) == []
