@@ -1,4 +1,8 @@
-"""Deep Q-learning (Mnih et al., 2015) for slates: a slate is worth the sum of its items' values."""
+"""Deep Q-learning (Mnih et al., 2015) for slates: a slate is worth the sum of its items' values.
+
+Double (van Hasselt et al., 2016), dueling (Wang et al., 2016), n-step, prioritised (Schaul et al.,
+2016) and with quantiles of the return (Dabney et al., 2018), each by a setting of its own.
+"""
 
 import copy
 from typing import Any
@@ -8,39 +12,62 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agents.base import AgentSpec, Decision, Mask, Transition, allowed_items
+from agents.checks import check_finite, check_loss, not_negative, positive, share, whole
 from agents.explore import epsilon_greedy_probs, epsilon_greedy_slate, epsilon_greedy_slate_probs
-from agents.nets import QNet
-from agents.replay import Replay, Sample
+from agents.nets import QNet, Seen
+from agents.priorities import Priorities
+from agents.replay import Replay
+from agents.saving import (
+    catalog_signature,
+    check_catalog,
+    generator_state,
+    load_net,
+    load_optimizer,
+    restore_generator,
+)
+from agents.schedules import check_schedule, linear, lr_at, set_lr
 from encoders.state import EMPTY, Observation
-
-CHECK_EVERY = 100  # updates between looks at the loss: a look waits for the device
 
 
 def next_value(q: Tensor, choose: Tensor, allowed: Tensor, k: int) -> Tensor:
     """Values, choosing values, allowed (B, N) each, to the mean value (B,) of the K items chosen.
 
-    Double Q-learning (van Hasselt et al., 2016) when `choose` comes from another net than `q`.
-    Where fewer than K are allowed the missing slots are worth nothing.
+    Values may be quantiles (B, N, Q), then the mean has them (B, Q). Double Q-learning (van Hasselt
+    et al., 2016) when `choose` comes from another net than `q`. Where fewer than K are allowed the
+    missing slots are worth nothing.
     """
-    k = min(k, q.shape[1])
-    best = choose.masked_fill(~allowed, -torch.inf).topk(k, dim=1).indices  # (B, K)
-    return (q.gather(1, best) * allowed.gather(1, best)).mean(dim=1)
+    best = choose.masked_fill(~allowed, -torch.inf).topk(min(k, q.shape[1]), dim=1).indices
+    chosen = torch.take_along_dim(q, _like(best, q), dim=1)  # (B, K) or (B, K, Q)
+    return (chosen * _like(allowed.gather(1, best), q)).mean(dim=1)
 
 
 def slot_targets(slot_return: Tensor, discount: Tensor, value: Tensor) -> Tensor:
     """Return of each slot (B, K) plus its share of what comes after, `discount` 0 after leaving."""
-    return slot_return + (discount * value)[:, None]
+    after = (_like(discount, value) * value)[:, None]  # (B, 1) or (B, 1, Q)
+    return _like(slot_return, after) + after
 
 
-def huber(q: Tensor, target: Tensor, real: Tensor) -> Tensor:
-    """Mean Huber loss of (B, K) over the slots that showed something."""
-    loss = F.smooth_l1_loss(q, target, reduction="none") * real  # (B, K)
-    return loss.sum() / real.sum().clamp(min=1)
+def quantile_huber(q: Tensor, target: Tensor, kappa: float) -> Tensor:
+    """Quantile Huber loss (B, K) of quantiles and target quantiles (B, K, Q).
+
+    Dabney et al. (2018) sum over quantiles; the mean keeps lr and grad_clip what they are for one.
+    Errors below `kappa` count squared, which makes expectiles of quantiles.
+    """
+    share = (torch.arange(q.shape[2], device=q.device) + 0.5) / q.shape[2]  # (Q,) the midpoints
+    error = target[:, :, None, :] - q[:, :, :, None]  # (B, K, Q, Q'): each quantile to each target
+    pull = (share[:, None] - (error.detach() < 0).to(q.dtype)).abs()  # (B, K, Q, Q')
+    loss = F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=kappa) / kappa
+    return (pull * loss).mean(dim=(2, 3))
 
 
-def epsilon_at(steps: int, start: float, end: float, over: int) -> float:
-    """Linear from start to end over the first `over` env steps."""
-    return start + (end - start) * min(1.0, steps / over)
+def shown_mean(value: Tensor, real: Tensor) -> Tensor:
+    """Mean of (B, K) over the slots that showed something."""
+    return (value * real).sum() / real.sum().clamp(min=1)
+
+
+def _like(value: Tensor, other: Tensor) -> Tensor:
+    """The same value with dimensions of size 1 at its end until it has as many as `other`."""
+    return value.view(*value.shape, *[1] * (other.ndim - value.ndim))
 
 
 def optimizer_of(net: QNet, lr: float, shrink: float) -> torch.optim.Optimizer:
@@ -56,11 +83,13 @@ def optimizer_of(net: QNet, lr: float, shrink: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=lr)
 
 
-def catalog_signature(vectors: Tensor) -> Tensor:
-    """Item vectors (N, D) to one number each (N,), alike on machines that round differently."""
-    exact = vectors.detach().cpu().double()
-    direction = torch.randn(exact.shape[1], generator=torch.Generator().manual_seed(7)).double()
-    return (exact @ direction).float()
+def check_priority(priority: float, total: int | None) -> None:
+    """Refuse prioritised replay where nothing says when its correction is to be whole."""
+    if priority and total is None:
+        raise ValueError(
+            f"priority={priority} needs the env steps of the whole training, at whose end beta "
+            "is 1: build the agent with AgentSpec(total_steps=...), or use priority=0"
+        )
 
 
 class DQN:
@@ -76,6 +105,7 @@ class DQN:
         spec: AgentSpec,
         *,
         lr: float = 5e-3,
+        schedule: str = "constant",
         gamma: float = 0.8,
         epsilon_start: float = 0.3,
         epsilon_end: float = 0.2,
@@ -83,57 +113,62 @@ class DQN:
         batch_size: int = 256,
         capacity: int = 200_000,
         replay_ratio: float = 2.0,
+        priority: float = 0.0,
+        beta: float = 0.4,
         tau: float = 0.01,
         n_step: int = 1,
         double: bool = True,
         dueling: bool = True,
+        quantiles: int = 1,
+        kappa: float = 1.0,
         head: str = "dot",
         width: int = 128,
         memory: bool = True,
         learning_starts: int = 1000,
         grad_clip: float = 10.0,
         shrink: float = 40.0,
+        amp: bool = False,
+        compile: bool = False,
     ) -> None:
-        for name, value in (("epsilon_start", epsilon_start), ("epsilon_end", epsilon_end)):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name} must be in [0, 1], got {value}")
-        positive = {
-            "lr": lr,
-            "epsilon_steps": epsilon_steps,
-            "batch_size": batch_size,
-            "replay_ratio": replay_ratio,
-            "tau": tau,
-            "grad_clip": grad_clip,
-        }
-        for name, number in positive.items():
-            if not number > 0:
-                raise ValueError(f"{name} must be above 0, got {number}")
+        share(epsilon_start=epsilon_start, epsilon_end=epsilon_end, beta=beta)
+        positive(
+            lr=lr, epsilon_steps=epsilon_steps, batch_size=batch_size, replay_ratio=replay_ratio,
+            tau=tau, grad_clip=grad_clip, kappa=kappa,
+        )  # fmt: skip
+        whole(1, quantiles=quantiles)
+        check_schedule(schedule, spec.total_steps)
         if tau > 1:
             raise ValueError(f"tau must be in (0, 1], got {tau}: the share of the net in its mean")
+        not_negative(shrink=shrink, priority=priority)
+        check_priority(priority, spec.total_steps)
         self.spec, self.gamma, self.batch_size = spec, gamma, batch_size
+        self.lr, self.schedule, self.beta = lr, schedule, beta
         self.epsilons = (epsilon_start, epsilon_end, epsilon_steps)
         self.replay_ratio, self.tau, self.double = replay_ratio, tau, double
         self.learning_starts, self.grad_clip = learning_starts, grad_clip
-        self.net = QNet(spec, head=head, width=width, dueling=dueling, memory=memory)
+        self.kappa, self.amp = kappa, amp
+        form: dict[str, Any] = {"head": head, "width": width, "dueling": dueling}
+        self.net = QNet(spec, memory=memory, quantiles=quantiles, **form)
         self.target = copy.deepcopy(self.net).requires_grad_(False)
-        if not shrink >= 0:
-            raise ValueError(f"shrink must be at least 0, got {shrink}")
         self.optimizer = optimizer_of(self.net, lr, shrink)
         self.replay = Replay(capacity, spec=spec, n_step=n_step, gamma=gamma)
+        self.priorities = Priorities(priority, device=spec.device) if priority else None
         self.generator = torch.Generator(spec.device).manual_seed(spec.seed)
         self.signature = catalog_signature(spec.item_vectors)
         self.env_steps, self.updates = 0, 0
         self.budget = 0.0  # samples earned by env steps and not yet drawn
+        # functions of tensors are compiled, not modules: state dicts keep their names
+        self.values_and_targets = torch.compile(self._both) if compile else self._both
 
     @property
     def epsilon(self) -> float:
         """The chance that a slot explores now, a function of the env steps seen."""
-        return epsilon_at(self.env_steps, *self.epsilons)
+        return linear(self.env_steps, *self.epsilons)
 
     @torch.no_grad()
     def scores(self, obs: Observation) -> Tensor:
         """Value (B, N) of showing each item now."""
-        return self.target(obs)
+        return self._mean(self.target(obs))
 
     def act(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Decision:
         epsilon = self.epsilon if explore else 0.0
@@ -158,6 +193,8 @@ class DQN:
         """Remember a step of B users, then make the gradient steps that it has earned."""
         check_finite(transition)
         self.replay.add(transition)
+        if self.priorities is not None:
+            self.priorities.add(self.replay.newest(), self.replay.length * self.replay.batch)
         users = len(transition.reward)
         self.env_steps += users
         if self.env_steps < self.learning_starts:
@@ -166,27 +203,40 @@ class DQN:
         logs: list[dict[str, Tensor]] = []
         while self.budget >= self.batch_size:
             self.budget -= self.batch_size
-            logs.append(self._learn(self.replay.sample(self.batch_size, self.generator)))
+            logs.append(self._learn(*self._draw()))
         if not logs:
             return {}
         means = {name: torch.stack([log[name] for log in logs]).mean() for name in logs[0]}
-        return means | {"train/epsilon": torch.tensor(self.epsilon)}
+        rates = {"train/epsilon": self.epsilon, "train/learning_rate": self._lr()}
+        return means | {name: torch.tensor(rate) for name, rate in rates.items()}
 
-    def _learn(self, sample: Sample) -> dict[str, Tensor]:
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """Places in the replay and importance weights, (n,) each."""
+        if self.priorities is None:
+            place = self.replay.draw(self.batch_size, self.generator)
+            return place, torch.ones(len(place), device=place.device)
+        place = self.priorities.draw(self.batch_size, self.generator)
+        beta = linear(self.env_steps, self.beta, 1.0, self.spec.total_steps or 1)
+        return place, self.priorities.weights(place, beta)
+
+    def _learn(self, place: Tensor, weight: Tensor) -> dict[str, Tensor]:
         """One gradient step."""
-        batch, k = sample.transition, self.spec.slate_size
+        sample = self.replay.at(place)
+        batch = sample.transition
         slate, real = batch.decision.slate, batch.decision.slate != EMPTY  # (B, K)
-        with torch.no_grad():
-            allowed = allowed_items(
-                batch.next_mask, len(slate), self.spec.num_items, slate.device, may_be_empty=True
-            )  # (B, N); who has left may have seen everything
-            seen = self.net.read(batch.next_obs)
-            later = self.target.values(seen)  # (B, N)
-            choose = self.net.values(seen) if self.double else later
-            value = next_value(later, choose, allowed, k)  # (B,)
-            target = slot_targets(sample.slot_return, sample.discount, value)  # (B, K)
-        q = self.net.values_of(self.net.read(batch.obs), slate)  # (B, K)
-        loss = huber(q, target, real)
+        allowed = allowed_items(
+            batch.next_mask, len(slate), self.spec.num_items, slate.device, may_be_empty=True
+        )  # (B, N); who has left may have seen everything
+        seen, later = self.net.read(batch.obs), self.net.read(batch.next_obs)
+        q, target = self.values_and_targets(
+            seen, later, slate, allowed, sample.slot_return, sample.discount
+        )
+        if q.ndim == 2:
+            each = F.smooth_l1_loss(q, target, reduction="none")  # (B, K)
+        else:
+            each = quantile_huber(q, target, self.kappa)  # (B, K)
+        loss = shown_mean(each * weight[:, None], real)
+        set_lr(self.optimizer, self._lr())
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.grad_clip)
@@ -197,85 +247,84 @@ class DQN:
             pairs = zip(self.target.parameters(), self.net.parameters(), strict=True)
             for slow, fast in pairs:
                 slow.lerp_(fast, self.tau)
-        if self.updates % CHECK_EVERY == 0 and not loss.isfinite():
-            raise ValueError(
-                f"the loss is {float(loss.detach())} at update {self.updates}: "
-                "lower agent.lr or scale the reward"
-            )
-        shown = real.sum().clamp(min=1)
+        check_loss(loss, self.updates, sample)
+        q, target = self._mean(q.detach()), self._mean(target)  # (B, K)
+        error = (q - target).abs()  # (B, K)
+        if self.priorities is not None:
+            shown = real.sum(dim=1).clamp(min=1)  # (B,)
+            self.priorities.update(place, (error * real).sum(dim=1) / shown)
         return {
             "train/loss": loss.detach(),
-            "train/q_mean": (q.detach() * real).sum() / shown,
-            "train/td_error": ((q.detach() - target).abs() * real).sum() / shown,
-            "train/target_mean": (target * real).sum() / shown,
+            "train/q_mean": shown_mean(q, real),
+            "train/td_error": shown_mean(error, real),
+            "train/target_mean": shown_mean(target, real),
             "train/grad_norm": norm.detach(),
         }
 
-    def state_dict(self, *, replay: bool = False) -> dict[str, Any]:
-        """Plain tensors and numbers; with `replay` in it training resumes bit for bit."""
-        state = {
+    def _both(
+        self, seen: Seen, later: Seen, slate: Tensor, allowed: Tensor,
+        slot_return: Tensor, discount: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Values of what was shown and their targets, (B, K) or (B, K, Q) each."""
+        with torch.no_grad(), self._precision():
+            after = self.target.values(later)  # (B, N) or (B, N, Q)
+            choose = self._mean(self.net.values(later) if self.double else after)  # (B, N)
+        with self._precision():  # one of its own: casts made without gradient are not to be reused
+            q = self.net.values_of(seen, slate).float()
+        value = next_value(after.float(), choose, allowed, self.spec.slate_size)  # (B,) or (B, Q)
+        return q, slot_targets(slot_return, discount, value)
+
+    def _precision(self) -> torch.autocast:
+        """Products in bfloat16 if wanted. Acting keeps float32: close values must stay apart."""
+        return torch.autocast(self.generator.device.type, torch.bfloat16, enabled=self.amp)
+
+    def _mean(self, q: Tensor) -> Tensor:
+        """The mean over quantiles, if there are any."""
+        return q if self.net.quantiles == 1 else q.mean(dim=2)
+
+    def _lr(self) -> float:
+        return lr_at(self.lr, self.schedule, self.env_steps, self.spec.total_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers."""
+        return {
             "net": self.net.state_dict(),
             "target": self.target.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "device": self.generator.device.type,
+            "generator": generator_state(self.generator),
             "signature": self.signature,
             "env_steps": self.env_steps,
             "updates": self.updates,
             "budget": self.budget,
         }
-        return state | {"replay": self.replay.state_dict()} if replay else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_catalog(self.signature, state["signature"])
-        try:
-            self.net.load_state_dict(state["net"])
-            self.target.load_state_dict(state["target"])
-        except RuntimeError as error:
-            raise ValueError(
-                "the checkpoint has a net of another form (head, width, dueling, memory, sizes of "
-                f"the observation): build the agent with the settings it was trained with. {error}"
-            ) from error
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["device"] == self.generator.device.type:  # generators of devices do not translate
-            self.generator.set_state(state["generator"].cpu())
+        load_net(self.net, state["net"])
+        load_net(self.target, state["target"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        restore_generator(self.generator, state["generator"])
         self.env_steps, self.updates = state["env_steps"], state["updates"]
         self.budget = state["budget"]
         self.replay.clear()  # what another net lived through is no part of this state
-        if "replay" in state:
-            self.replay.load_state_dict(state["replay"])
+        if self.priorities is not None:
+            self.priorities.clear()
+
+    def experience(self) -> dict[str, Any]:
+        """The replay: with it training goes on bit for bit."""
+        priorities = {} if self.priorities is None else self.priorities.state_dict()
+        return {"replay": self.replay.state_dict(), "priorities": priorities}
+
+    def load_experience(self, state: dict[str, Any]) -> None:
+        if (self.priorities is None) == bool(state["priorities"]):
+            raise ValueError(
+                "the experience was saved with priority "
+                f"{'on' if state['priorities'] else 'off'}, this agent has it "
+                f"{'off' if self.priorities is None else 'on'}: build it with the same setting"
+            )
+        self.replay.load_state_dict(state["replay"])
+        if self.priorities is not None:
+            self.priorities.load_state_dict(state["priorities"])
 
     def _allowed(self, obs: Observation, mask: Mask) -> Tensor:
         return allowed_items(mask, len(obs), self.spec.num_items, obs.profile.device)
-
-
-def check_finite(transition: Transition) -> None:
-    """Refuse a reward or an observation that is not finite before anything learns from it."""
-    found = {"reward": transition.reward, "slot_reward": transition.slot_reward}
-    for side in ("obs", "next_obs"):
-        for name in ("profile", "past_count", "past_age", "feedback", "context"):
-            found[f"{side}.{name}"] = getattr(getattr(transition, side), name)
-    fine = torch.stack([value.isfinite().all() for value in found.values()])
-    if fine.all():  # one wait for the device, however many fields
-        return
-    name = list(found)[int(fine.int().argmin())]
-    bad = ~found[name].isfinite().flatten(1 if found[name].ndim > 1 else 0)  # (B, ...)
-    row = int(bad.reshape(len(bad), -1).any(dim=1).nonzero()[0])
-    raise ValueError(
-        f"{name} must be finite, row {row} is not: look at the features and the reward"
-    )
-
-
-def check_catalog(mine: Tensor, theirs: Tensor) -> None:
-    """Refuse a checkpoint whose items are not these."""
-    if len(mine) != len(theirs):
-        raise ValueError(
-            f"the checkpoint is of a catalogue of {len(theirs)} items, this one has {len(mine)}: "
-            "load it with the catalogue it was trained on"
-        )
-    spread = mine.std(correction=0).clamp(min=1e-12)
-    if (mine - theirs.to(mine)).abs().mean() > 0.1 * spread:
-        raise ValueError(
-            "the checkpoint is of another catalogue of the same size (its item vectors differ): "
-            "load it with the catalogue and the text encoder it was trained on"
-        )

@@ -3,6 +3,8 @@
 What a user bought before a trip is wide (H items) and constant during it: it is stored once as a
 "memory", and transitions point to it. A memory's place is free once the last transition that
 points to it has been overwritten.
+
+A transition's place is a number in [0, T * B): step in the ring times B plus column.
 """
 
 from dataclasses import dataclass
@@ -64,11 +66,16 @@ class Replay:
         self.data, self.memory = {}, {}
 
     def __len__(self) -> int:
-        return min(self.steps, self.length) * self.batch
+        return self.filled * self.batch
+
+    @property
+    def filled(self) -> int:
+        """How many adds the ring holds by now."""
+        return min(self.steps, self.length)
 
     @property
     def length(self) -> int:
-        """T: how many adds the ring holds."""
+        """T: how many adds the ring has room for."""
         return self.capacity // self.batch if self.batch else 0
 
     def add(self, transition: Transition) -> None:
@@ -100,24 +107,38 @@ class Replay:
         self.steps += 1
 
     def sample(self, batch: int, generator: torch.Generator) -> Sample:
-        """Draw windows uniformly with replacement; one that meets the newest step is cut there."""
+        """Draw windows uniformly with replacement."""
+        return self.at(self.draw(batch, generator))
+
+    def draw(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Places (n,) drawn uniformly with replacement."""
         if not len(self):
             raise ValueError("cannot sample an empty replay: add transitions first")
-        filled = min(self.steps, self.length)
         draw = torch.randint(len(self), (batch,), generator=generator, device=self.device)  # (n,)
         age, column = draw // self.batch, draw % self.batch  # (n,) age 0 is the oldest
-        first = (self.steps - filled + age) % self.length  # (n,)
+        first = (self.steps - self.filled + age) % self.length  # (n,)
+        return first * self.batch + column
+
+    def newest(self) -> slice:
+        """The places that the last add has written."""
+        start = (self.steps - 1) % self.length * self.batch
+        return slice(start, start + self.batch)
+
+    def at(self, place: Tensor) -> Sample:
+        """The windows that start at places (n,); one that meets the newest step is cut there."""
+        first, column = place // self.batch, place % self.batch  # (n,)
+        age = (first - self.steps + self.filled) % self.length  # (n,)
         reward = self.data["reward"]  # (T, B)
-        later = torch.zeros(batch, device=self.device)
-        discount = torch.full((batch,), self.gamma, device=self.device)
+        later = torch.zeros(len(place), device=self.device)
+        discount = torch.full((len(place),), self.gamma, device=self.device)
         last = first
-        alive = ~self._done(first, column) & (age + 1 < filled)  # (n,) the window goes on
+        alive = ~self._done(first, column) & (age + 1 < self.filled)  # (n,) the window goes on
         for step in range(1, self.n_step):
             at = (first + step) % self.length
             later = later + torch.where(alive, self.gamma**step * reward[at, column], 0.0)
             last = torch.where(alive, at, last)
             discount = torch.where(alive, discount * self.gamma, discount)
-            alive = alive & ~self._done(at, column) & (age + step + 1 < filled)
+            alive = alive & ~self._done(at, column) & (age + step + 1 < self.filled)
         transition = self._read(first, last, column)
         slots = transition.slot_reward.shape[1]
         slot_return = transition.slot_reward + later[:, None] / slots  # (n, K)
@@ -125,7 +146,6 @@ class Replay:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything stored so far as plain tensors and numbers."""
-        filled = min(self.steps, self.length)
         return {
             "capacity": self.capacity,
             "batch": self.batch,
@@ -133,7 +153,7 @@ class Replay:
             "mask_kind": self.mask_kind,
             "last": self.last.clone(),
             "expires": self.expires[: self.touched].clone(),
-            "data": {name: value[:filled].clone() for name, value in self.data.items()},
+            "data": {name: value[: self.filled].clone() for name, value in self.data.items()},
             "memory": {name: value[: self.touched].clone() for name, value in self.memory.items()},
         }
 
