@@ -15,6 +15,7 @@ from torch import Tensor
 from encoders.state import EMPTY, Observation, StateEncoder, calendar, remember
 from envs.checks import as_options, as_slate, check_sizes, check_word, refuse_reward, refuse_slate
 from envs.rewards import units
+from envs.saved import env_state, restore_env
 from envs.spaces import first_row, observation_space, to_numpy, within
 from simulators.base import Response, UserSimulator, UserState
 from simulators.draws import Draws
@@ -131,12 +132,24 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         draws = self.draws.at(self.user, self.episode, self.steps)
         self.state: UserState = self.simulator.start(self.user, draws)
         self.view = self._enter(self.user)
+        self.fresh_board()
+        self.seen = self._encoded(self.view)
+        return self._out(self.seen), self.arrival()
+
+    def fresh_board(self) -> None:
+        """Nothing was shown to anybody on this trip."""
         self.board: Tensor | None = None
         if self.num_items <= BOARD:  # column N stands for the empty slot: never allowed
-            self.blank = torch.zeros(self.num_items + 1, dtype=torch.bool, device=self.device)
-            self.blank[-1] = True
+            self.blank = torch.arange(self.num_items + 1, device=self.device) == self.num_items
             self.board = self.blank.repeat(self.num_envs, 1)  # (B, N + 1)
-        self.seen = self._encoded(self.view)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where all sessions are, as plain tensors."""
+        return env_state(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Go on with saved sessions: what a reset would return, of where they were."""
+        restore_env(self, state)
         return self._out(self.seen), self.arrival()
 
     def arrival(self) -> dict[str, Any]:
@@ -165,7 +178,6 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
             refuse_slate(slate, self.num_items)
         if not_finite:
             refuse_reward(_name(self.reward), slot_reward)
-
         info: dict[str, Any] = {
             "user": self.user,
             "episode": self.episode,
@@ -379,10 +391,8 @@ def _merge(old: Any, rows: Tensor, new: Any) -> Any:
     """`old` of B users with rows (R,) from `new` of R; `old` itself stays as it is."""
     if isinstance(old, Tensor):
         return old.index_copy(0, rows, new)
-    merged = {
-        f.name: getattr(old, f.name).index_copy(0, rows, getattr(new, f.name)) for f in fields(old)
-    }
-    return Observation(**merged)
+    pairs = ((f.name, getattr(old, f.name), getattr(new, f.name)) for f in fields(old))
+    return Observation(**{name: a.index_copy(0, rows, b) for name, a, b in pairs})
 
 
 def _name(reward: Reward) -> str:

@@ -78,7 +78,9 @@ class DecisionWriter:
         behaviours: Sequence[str],
         meta: dict[str, Any],
         flush_rows: int = 50_000,
+        resume: tuple[int, int] | None = None,
     ) -> None:
+        """`resume` (parts, decisions) goes on behind so many parts; later ones are taken away."""
         missing = [key for key in META if key not in meta]
         if missing:
             raise ValueError(f"meta must say {', '.join(META)}, missing: {', '.join(missing)}")
@@ -86,14 +88,23 @@ class DecisionWriter:
         if clash:
             raise ValueError(f"behaviour {clash[0]!r} is a column of every log: rename it")
         self.folder = Path(folder)
-        if parts(self.folder):
+        first, decided = resume or (0, 0)
+        if resume is not None:
+            for part in parts(self.folder)[first:]:
+                part.unlink()
+            if len(parts(self.folder)) < first:
+                raise ValueError(
+                    f"{self.folder} has {len(parts(self.folder))} parts, the run to go on with had "
+                    f"written {first}: some were deleted, start the run anew"
+                )
+        elif parts(self.folder):
             raise ValueError(f"{self.folder} already holds a decision log: choose another folder")
         self.behaviours = tuple(behaviours)
         self.meta = {**meta, "behaviours": list(behaviours)}
         self.schema = schema(self.behaviours)
         self.flush_rows = flush_rows
         self.batches: list[pa.RecordBatch] = []
-        self.rows = self.decisions = self.part = 0
+        self.rows, self.decisions, self.part = 0, decided, first
 
     def write(
         self,

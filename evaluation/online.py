@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.base import Agent, Decision
+from agents.base import Agent, Decision, Mask
 from encoders.state import EMPTY, Observation
 from evaluation.decisions import DecisionWriter
 
-Choice = Callable[[Tensor, Observation, Tensor], Decision]  # rows (R,) of the env, what they see
+Choice = Callable[[Tensor, Observation, Mask], Decision]  # rows (R,) of the env, what they see
 Watch = Callable[[Tensor, Observation, Any], None]  # rows (R,), what they saw, info of all M rows
 CHUNK = 512  # trips replayed at once
 
@@ -43,7 +43,7 @@ def play(
 ) -> Sessions:
     """Let an agent serve each (user, episode), (M,) each, exactly once; `watch` sees each step."""
 
-    def choose(rows: Tensor, obs: Observation, mask: Tensor) -> Decision:
+    def choose(rows: Tensor, obs: Observation, mask: Mask) -> Decision:
         return agent.act(obs, mask, explore=explore)
 
     return sessions(env, choose, users, episodes, log=log, watch=watch)
@@ -76,13 +76,15 @@ def sessions(
     shown = torch.zeros(n + 1, dtype=torch.int64, device=device)  # the last place for empty slots
     rows = torch.arange(m, device=device)  # (R,) still playing
     while len(rows):
-        seen, mask, time = obs[rows], info["mask"][rows], env.time[rows]
+        seen, time = obs[rows], env.time[rows]
+        mask = None if info["mask"] is None else info["mask"][rows]
         decision = choose(rows, seen, mask)
         slate = torch.full((m, k), EMPTY, device=device).index_copy(
             0, rows, decision.slate
         )  # (M, K)
         obs, gained, terminated, truncated, info = env.step(slate)
         if log is not None:
+            assert mask is not None
             step = one_step(env, rows, decision, terminated, truncated, info)
             log.write(**step, obs=seen, excluded=mask, time=time)
         if watch is not None:

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from agents.base import Agent
 from evaluation.compared import band
 from evaluation.comparison_page import comparison_page
+from experiments.arena import CURVE_SESSIONS
 from experiments.compared_checks import checked, comparison_folder, options_known, plausible
 from experiments.compared_parts import (
     ab_test,
@@ -46,7 +47,6 @@ from experiments.compared_words import told_sessions
 from experiments.policies import agent_config, agent_spec
 from experiments.prepare import Worlds, prepare
 from experiments.run_folder import commit, stage, versions, write_json, write_text
-from experiments.train_agent import CURVE_SESSIONS
 from simulators.fidelity import lines as fidelity_lines
 
 RANKED = "of what held-out trips bought, all items ranked at the trip's beginning"

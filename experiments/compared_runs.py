@@ -18,10 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from agents.base import Agent, AgentSpec
+from experiments.arena import arena
+from experiments.checkpoints import folders, load_checkpoint
 from experiments.cli import CONF, keys
-from experiments.policies import agent_config, agent_spec
-from experiments.prepare import prepare
-from experiments.run_folder import load_checkpoint, open_folder, stage, write_json
+from experiments.policies import agent_config
+from experiments.run_folder import open_folder, stage, write_json
 from experiments.train_agent import checked, log_frozen, train
 from simulators.base import Catalog
 
@@ -42,7 +43,9 @@ class Run:
     def agent(self, spec: AgentSpec, catalog: Catalog) -> Agent:
         """The agent as the training left it."""
         agent: Agent = instantiate(self.config.agent, spec)
-        load_checkpoint(self.folder / "checkpoint", agent, catalog)
+        load_checkpoint(
+            self.folder / "checkpoint", agent, catalog.fingerprint(), str(catalog.vectors.device)
+        )
         return agent
 
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
@@ -67,8 +70,7 @@ def runs_in(place: Path, env: DictConfig) -> list[Run]:
     found = []
     for path in sorted(place.rglob("config.yaml")):
         folder = path.parent
-        whole = (folder / "checkpoint" / "state.pt", folder / "result.json")
-        if not all(file.is_file() for file in whole):
+        if not whole(folder):
             print(f"{folder} is left out: it holds no finished run", flush=True)
             continue
         config = OmegaConf.load(path)
@@ -85,6 +87,11 @@ def runs_in(place: Path, env: DictConfig) -> list[Run]:
             "result.json, as experiments/train_agent.py leaves them"
         )
     return told_apart(found)
+
+
+def whole(folder: Path) -> bool:
+    """Whether a run was trained to its end."""
+    return bool(folders(folder / "checkpoint")) and (folder / "result.json").is_file()
 
 
 def told_apart(runs: list[Run]) -> list[Run]:
@@ -219,8 +226,7 @@ def finished(config: DictConfig) -> bool:
     if not folder.exists():
         return False
     before = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").exists() else None
-    whole = (folder / "checkpoint" / "state.pt", folder / "result.json")
-    if before is not None and all(file.is_file() for file in whole):
+    if before is not None and whole(folder):
         a, b = (OmegaConf.to_container(x, resolve=True) for x in (before, config))
         if a != b:
             assert isinstance(a, dict)
@@ -247,14 +253,13 @@ def train_one(plain: dict[str, Any]) -> None:
     with open(log, "w") as words, redirect_stdout(words):
         device, steps = checked(cfg)
         with stage("prepare", seconds):
-            worlds = prepare(cfg, device)
+            world = arena(cfg, device, steps)
         torch.set_num_threads(cfg.threads)
-        spec = agent_spec(cfg, worlds, device)
-        agent = instantiate(cfg.agent, spec)
+        agent = instantiate(cfg.agent, world.spec)
         folder = open_folder(cfg)
         with stage("train", seconds):
-            train(cfg, worlds, agent, folder, steps, device)
+            train(cfg, world, agent, folder, steps)
         with stage("log", seconds):
-            log_frozen(cfg, worlds, agent, spec, folder, device)
+            log_frozen(cfg, world, agent, folder, device)
         about = {"env": cfg.env_name, "agent": cfg.agent_name, "seed": cfg.seed, "steps": steps}
         write_json(folder / "result.json", {**about, "table": [], "seconds": seconds})

@@ -16,11 +16,11 @@ from agents.frozen import Frozen
 from encoders.state import CONTEXT, EMPTY, Observation
 from evaluation import DecisionLog, Target, decisions
 from evaluation.fqe import FittedQ
+from experiments.checkpoints import load_checkpoint
 from experiments.from_logs import events_before, with_levels
 from experiments.logged_policies import Question, Settings, own
-from experiments.policies import named_agent
+from experiments.policies import DEFAULT_STEPS, named_agent
 from experiments.prepare import events_of
-from experiments.run_folder import load_checkpoint
 from simulators.base import Catalog, SimSpec
 
 Array = np.ndarray
@@ -171,6 +171,7 @@ def spec_of(cfg: DictConfig, about: dict[str, Any]) -> tuple[AgentSpec, Catalog]
         context_size=CONTEXT,
         seed=cfg.seed,
         events=events,
+        total_steps=cfg.get("steps") or cfg.env.get("train_steps") or DEFAULT_STEPS,
     )
     return spec, catalog
 
@@ -180,7 +181,7 @@ def of_the_run(
 ) -> dict[str, Agent]:
     """The frozen agent that wrote the log, and the same at other temperatures."""
     agent: Any = instantiate(cfg.agent, spec)
-    load_checkpoint(folder / "checkpoint", agent, catalog)
+    load_checkpoint(folder / "checkpoint", agent, catalog.fingerprint())
     frozen = Frozen(agent, spec, temperature=cfg.frozen_temperature)
     found: dict[str, Agent] = {"logging": frozen}
     for share in temperatures:

@@ -15,7 +15,7 @@ def play_oracle(
 ) -> Sessions:
     """Serve each (user, episode), (M,) each, with the items most likely to be bought right now."""
 
-    def choose(rows: Tensor, obs: Observation, mask: Tensor) -> Decision:
+    def choose(rows: Tensor, obs: Observation, mask: Mask) -> Decision:
         state = {name: x[rows] for name, x in env.state.items()}
         wanted = allowed_relevance(env.simulator.relevance(state), mask)  # (R, N)
         slate = wanted.topk(env.slate_size, dim=1).indices  # (R, K)

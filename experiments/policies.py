@@ -22,6 +22,7 @@ from experiments.oracle import play_oracle
 from experiments.prepare import ReplayTrips, Worlds
 from simulators.base import UserSimulator, UserTable
 
+DEFAULT_STEPS = 100_000  # env steps of training where nothing else is said
 PLAYED_AT_ONCE = 2  # simulators, each on one thread: the same bits however many
 SESSIONS_SEED = 20_240_607  # of the sessions that judge: the same ones in every run
 
@@ -44,6 +45,7 @@ def agent_spec(cfg: DictConfig, worlds: Worlds, device: str) -> AgentSpec:
         device=device,
         seed=cfg.seed,
         events=worlds.events,
+        total_steps=cfg.get("steps") or cfg.env.get("train_steps") or DEFAULT_STEPS,
     )
 
 
@@ -181,16 +183,16 @@ def opening(trips: ReplayTrips, places: int, behaviours: int) -> Observation:
     )
 
 
-def lines(rows: list[dict[str, Any]]) -> list[str]:
+def lines(rows: list[dict[str, Any]], baseline: str = "popularity") -> list[str]:
     """The table as aligned text."""
-    head = ["policy", "mean reward", "95 % interval", "to popularity", "95 % interval", "length",
+    head = ["policy", "mean reward", "95 % interval", f"to {baseline}", "95 % interval", "length",
             "coverage", "replay"]  # fmt: skip
     cells = [head]
     for r in rows:
         replayed = "-" if r["replay_value"] is None else f"{r['replay_value']:.3f}"
         cells.append([
             r["policy"], f"{r['mean_reward']:.4f}", f"{r['ci_low']:.4f} to {r['ci_high']:.4f}",
-            f"{r['diff_to_popularity']:+.4f}",
+            f"{r[f'diff_to_{baseline}']:+.4f}",
             f"{r['diff_ci_low']:+.4f} to {r['diff_ci_high']:+.4f}",
             f"{r['session_length']:.2f}", f"{r['coverage']:.3f}", replayed,
         ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a run leaves behind: configuration, versions, checkpoints, results; no file half written."""
+"""What a run leaves behind: configuration, versions, results; no file half written."""
 
 import json
 import math
@@ -12,11 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
-
-from agents.base import Agent
-from simulators.base import Catalog
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "numpy", "pandas", "gymnasium", "hydra-core", "transformers", "recplay")
@@ -25,9 +21,7 @@ PACKAGES = ("torch", "numpy", "pandas", "gymnasium", "hydra-core", "transformers
 def open_folder(cfg: DictConfig) -> Path:
     """Make the run folder, with configuration and versions in it; no two runs share one."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    home = ROOT if os.access(ROOT, os.W_OK) else Path.cwd()
-    name = f"{cfg.env_name}/{cfg.agent_name}/seed{cfg.seed}-{stamp}"
-    folder = Path(cfg.run_dir) if cfg.run_dir else home / "runs" / name
+    folder = Path(cfg.run_dir) if cfg.run_dir else home_of(cfg) / f"seed{cfg.seed}-{stamp}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "config.yaml", "x") as file:  # of two runs at once one is first
@@ -43,6 +37,12 @@ def open_folder(cfg: DictConfig) -> Path:
         ) from error
     write_json(folder / "versions.json", versions())
     return folder
+
+
+def home_of(cfg: DictConfig) -> Path:
+    """Where runs of this agent in this environment go when nothing else is said."""
+    root = ROOT if os.access(ROOT, os.W_OK) else Path.cwd()
+    return root / "runs" / cfg.env_name / cfg.agent_name
 
 
 def versions() -> dict[str, str]:
@@ -67,42 +67,6 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
-
-
-def save_checkpoint(
-    folder: Path, agent: Agent, catalog: Catalog, cfg: DictConfig, step: int
-) -> None:
-    """Write the agent after `step` env steps over the checkpoint before."""
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"catalog": catalog.fingerprint(), "agent_kind": type(agent).__name__, "step": step}
-    partial = folder / "state.partial"
-    torch.save({"agent": agent.state_dict(), **about}, partial)
-    os.replace(partial, folder / "state.pt")
-    write_json(folder / "meta.json", {**about, "config": OmegaConf.to_container(cfg, resolve=True)})
-
-
-def load_checkpoint(folder: Path, agent: Agent, catalog: Catalog) -> int:
-    """Load an agent; the env steps it was trained for."""
-    path = folder / "state.pt"
-    if not path.exists():
-        raise ValueError(f"no checkpoint in {folder}: expected state.pt, as in RUN_DIR/checkpoint")
-    try:
-        saved = torch.load(path, weights_only=True, map_location=catalog.vectors.device)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
-    ours = catalog.fingerprint()
-    if saved["catalog"] != ours:
-        raise ValueError(
-            f"the checkpoint {path} is of another catalogue ({saved['catalog']}, this one is "
-            f"{ours}): train on this catalogue, or prepare the one it was trained on"
-        )
-    if saved["agent_kind"] != type(agent).__name__:
-        raise ValueError(
-            f"the checkpoint {path} is of a {saved['agent_kind']}, the agent asked for is a "
-            f"{type(agent).__name__}: choose the agent that was trained"
-        )
-    agent.load_state_dict(saved["agent"])
-    return int(saved["step"])
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -126,11 +126,11 @@ def test_the_page_needs_nothing_from_outside(done) -> None:
 
 
 def test_a_second_call_trains_nothing_anew_and_says_the_same(done) -> None:
-    stamp = (done.folder / "dqn" / "seed0" / "checkpoint" / "state.pt").stat().st_mtime_ns
+    stamp = (done.folder / "dqn" / "seed0" / "result.json").stat().st_mtime_ns
     again = run("compare.py", *done.words, "sensitivity=false", "off_policy=false", "examples=0")
     assert again.returncode == 0, again.stderr
     assert "2 of 2 runs are in" in again.stdout
-    assert (done.folder / "dqn" / "seed0" / "checkpoint" / "state.pt").stat().st_mtime_ns == stamp
+    assert (done.folder / "dqn" / "seed0" / "result.json").stat().st_mtime_ns == stamp
     other = json.loads((done.folder / "comparison.json").read_text())
     assert other["policies"][0]["reward"] == done.report["policies"][0]["reward"]
     assert other["sensitivity"] is None

@@ -20,6 +20,7 @@ from agents.base import Decision, Transition
 from encoders.state import EMPTY, Observation, calendar
 from evaluation.decisions import meta, read, seen_by
 from experiments import train_agent
+from experiments.checkpoints import folders, newest
 from experiments.curves import Curves
 from experiments.oracle import regret
 from experiments.policies import household_names, opening, session_list
@@ -150,8 +151,9 @@ def test_the_frozen_log_can_be_recomputed(run: Path) -> None:
 
 
 def test_the_checkpoint_goes_on_where_it_stopped(run: Path, tmp_path: Path) -> None:
-    saved = torch.load(run / "checkpoint" / "state.pt", weights_only=True)
-    assert saved["step"] == 1536
+    saved = newest(run / "checkpoint")
+    assert saved is not None
+    assert saved.step == 1536
     again = command(tmp_path / "b", "agent=dqn", "steps=64", f"checkpoint={run / 'checkpoint'}")
     before = json.loads((run / "result.json").read_text())["table"]
     assert again["table"][3]["mean_reward"] > 0.8 * before[3]["mean_reward"]
@@ -180,18 +182,19 @@ def test_an_interrupt_leaves_checkpoint_and_logs_readable(tmp_path: Path) -> Non
         [sys.executable, str(ROOT / "experiments" / "train_agent.py"), *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    checkpoint = tmp_path / "checkpoint" / "meta.json"
     deadline = time.monotonic() + 60
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+    home = tmp_path / "checkpoint"
+    while not folders(home) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert str(tmp_path) in said
     assert "Traceback" not in said
-    saved = torch.load(tmp_path / "checkpoint" / "state.pt", weights_only=True)
-    assert saved["step"] == json.loads(checkpoint.read_text())["step"] >= 512
-    assert len(read(tmp_path / "training")) in (saved["step"], saved["step"] + 64)
+    saved = newest(tmp_path / "checkpoint")
+    assert saved is not None
+    assert saved.step >= 512
+    assert len(read(tmp_path / "training")) == saved.step
     assert not (tmp_path / "result.json").exists()
 
 
@@ -200,7 +203,8 @@ def test_a_checkpoint_of_another_catalogue_is_refused(
 ) -> None:
     words = ("agent=dqn", f"checkpoint={run / 'checkpoint'}", "env.simulator.world_seed=7")
     said = refusal(capsys, tmp_path, *words)
-    assert said.startswith(f"error: the checkpoint {run / 'checkpoint' / 'state.pt'} is of another")
+    where = run / "checkpoint" / "step-000000001536"
+    assert said.startswith(f"error: the checkpoint {where} is of another")
 
 
 @pytest.mark.parametrize(

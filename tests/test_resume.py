@@ -1,0 +1,257 @@
+"""A run that was killed goes on as if it had not been: weights, users, curves, decisions."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from evaluation.decisions import read
+from experiments import train_agent
+from experiments.checkpoints import folders, newest, save_checkpoint
+from experiments.watch import Watch
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["env=tiny", "evaluators=2", "eval_users=40", "frozen_users=20", "num_envs=32",
+         "log_every=96", "eval_every=160", "progress=false", "checkpoint_every=320",
+         "env.simulator.trips=2"]  # fmt: skip
+DQN = ["agent=dqn", "agent.learning_starts=64", "agent.batch_size=32", "agent.capacity=700"]
+
+
+class KilledError(BaseException):
+    """As if the process had died: nothing is written any more."""
+
+
+def command(folder: Path, *words: str) -> dict[str, Any]:
+    """Run the command in this process; its result."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train_agent.py", *SMALL, *words, f"run_dir={folder}"])
+        train_agent.main()
+    return json.loads((folder / "result.json").read_text())
+
+
+def killed(folder: Path, at: int, *words: str) -> None:
+    """Run the command until it dies in the middle of step `at`."""
+    whole = Watch.after
+
+    def dying(self: Watch, *args: Any, **settings: Any) -> None:
+        if self.step >= at:
+            raise KilledError
+        whole(self, *args, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Watch, "after", dying)
+        with pytest.raises(KilledError):
+            command(folder, *words)
+    assert not (folder / "result.json").exists()
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """All points but those of the clock, by name."""
+    events = EventAccumulator(str(folder / "tensorboard"), {"scalars": 0}).Reload()
+    names = [name for name in events.Tags()["scalars"] if not name.startswith("time/")]
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names}
+
+
+def same_tensors(one: Any, other: Any, where: str = "") -> None:
+    """Nested states are equal to the last bit."""
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            same_tensors(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            same_tensors(a, b, f"{where}[{i}]")
+    else:
+        assert one == other, where
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Checkpoints, curves, decisions and tables are the same."""
+    a, b = newest(one / "checkpoint"), newest(other / "checkpoint")
+    assert a is not None
+    assert b is not None
+    assert a.step == b.step
+    assert a.meta["files"].keys() == b.meta["files"].keys() >= {"agent.pt", "env.pt", "watch.pt"}
+    for name in a.meta["files"]:
+        part = name.removesuffix(".pt")
+        first, second = a.part(part), b.part(part)
+        if part == "watch":  # parts of the log are cut where checkpoints are
+            first["curves"], second["curves"] = dict(first["curves"]), dict(second["curves"])
+        same_tensors(first, second, part)
+    assert curves(one) == curves(other)
+    if (one / "training").exists():
+        assert read(one / "training").equals(read(other / "training"))
+    tables = [json.loads((f / "result.json").read_text())["table"] for f in (one, other)]
+    assert tables[0] == tables[1]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("straight")
+    command(folder, *DQN, "steps=960")
+    return folder
+
+
+def test_a_killed_run_goes_on_bit_for_bit(straight: Path, tmp_path: Path, capsys: Any) -> None:
+    killed(tmp_path, 500, *DQN, "steps=960")
+    assert [f.name for f in folders(tmp_path / "checkpoint")] == ["step-000000000320"]
+    command(tmp_path, *DQN, "steps=960", "resume=auto")
+    assert f"resume {tmp_path} from step 320" in capsys.readouterr().out
+    assert_same_run(straight, tmp_path)
+
+
+def test_points_written_after_the_checkpoint_do_not_count_twice(tmp_path: Path) -> None:
+    killed(tmp_path, 500, *DQN, "steps=960")
+    assert curves(tmp_path)["rollout/ctr"][-1][0] == 480  # lost with the process
+    command(tmp_path, *DQN, "steps=960", "resume=auto")
+    steps = [step for step, _ in curves(tmp_path)["rollout/ctr"]]
+    assert steps == sorted(set(steps))
+
+
+def test_a_run_killed_twice_is_still_the_same(straight: Path, tmp_path: Path) -> None:
+    killed(tmp_path, 500, *DQN, "steps=960")
+    killed(tmp_path, 900, *DQN, "steps=960", "resume=auto")
+    command(tmp_path, *DQN, "steps=960", "resume=auto")
+    assert_same_run(straight, tmp_path)
+
+
+def test_a_finished_run_can_be_made_longer(straight: Path, tmp_path: Path) -> None:
+    command(tmp_path, *DQN, "steps=640")
+    command(tmp_path, *DQN, "steps=960", "resume=auto")
+    assert_same_run(straight, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_passed_over(straight: Path, tmp_path: Path, capsys: Any) -> None:
+    killed(tmp_path, 900, *DQN, "steps=960")
+    assert len(folders(tmp_path / "checkpoint")) == 2
+    path = tmp_path / "checkpoint" / "step-000000000640" / "experience.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+    command(tmp_path, *DQN, "steps=960", "resume=auto")
+    said = capsys.readouterr().out
+    assert "step-000000000640 is damaged: experience.pt" in said
+    assert "from step 320" in said
+    assert_same_run(straight, tmp_path)
+
+
+def test_kill_9_in_the_middle_leaves_what_resume_needs(tmp_path: Path) -> None:
+    words = [*SMALL, *DQN, "steps=100000000", f"run_dir={tmp_path}"]
+    script = str(ROOT / "experiments" / "train_agent.py")
+    process = subprocess.Popen([sys.executable, script, *words], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(folders(tmp_path / "checkpoint")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    saved = newest(tmp_path / "checkpoint")
+    assert saved is not None
+    done = command(tmp_path, *DQN, f"steps={saved.step + 64}", "resume=auto")
+    assert done["steps"] == saved.step + 64
+    command(tmp_path / "straight", *DQN, f"steps={saved.step + 64}")
+    assert_same_run(tmp_path, tmp_path / "straight")
+
+
+def test_other_settings_are_refused(tmp_path: Path, capsys: Any) -> None:
+    killed(tmp_path, 500, *DQN, "steps=960")
+    with pytest.raises(SystemExit) as stop:
+        command(tmp_path, *DQN, "steps=960", "resume=auto", "agent.gamma=0.5")
+    assert stop.value.code == 2
+    assert "agent.gamma was 0.8, now 0.5" in capsys.readouterr().err
+
+
+def test_without_a_run_to_go_on_with_a_new_one_starts(tmp_path: Path, capsys: Any) -> None:
+    command(tmp_path / "new", *DQN, "steps=64", "resume=auto", "frozen_users=0")
+    assert "a new one starts" in capsys.readouterr().out
+
+
+@pytest.fixture
+def config() -> Any:
+    return OmegaConf.create({"a": 1})
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path, config: Any) -> None:
+    about = {"catalog": "c", "agent_kind": "DQN"}
+    for step in (1, 2, 3):
+        parts = {"agent": {"x": torch.ones(step)}}
+        save_checkpoint(tmp_path, parts, config, step=step, about=about, keep=2)
+    assert [f.name for f in folders(tmp_path)] == ["step-000000000002", "step-000000000003"]
+    (tmp_path / "partial-000000000004").mkdir()  # as a process leaves it that dies while writing
+    saved = newest(tmp_path)
+    assert saved is not None
+    assert saved.part("agent")["x"].tolist() == [1, 1, 1]
+    path = saved.folder / "agent.pt"
+    whole = path.read_bytes()
+    for broken, words in (
+        (whole[:-1], "expected"),
+        (whole[:50] + bytes([whole[50] ^ 1]) + whole[51:], "bits have changed"),
+    ):
+        path.write_bytes(broken)
+        said: list[str] = []
+        older = newest(tmp_path, say=said.append)
+        assert older is not None
+        assert older.step == 2
+        assert words in said[0]
+    path.unlink()
+    said = []
+    newest(tmp_path, say=said.append)
+    assert "missing" in said[0]
+    shutil.rmtree(tmp_path / "step-000000000002")
+    assert newest(tmp_path, say=said.append) is None
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_text(json.dumps({"step": 3}))
+    with pytest.raises(ValueError, match="of format 1, this version reads 2"):
+        newest(tmp_path)
+
+
+def test_a_loss_that_is_no_number_leaves_its_batch(tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        command(tmp_path, *DQN, "steps=20000", "agent.lr=1e30", "agent.grad_clip=1e30",
+                "eval_every=0")  # fmt: skip
+    said = capsys.readouterr().err
+    assert "the loss is" in said
+    assert str(tmp_path / "bad_batch.pt") in said
+    batch = torch.load(tmp_path / "bad_batch.pt", weights_only=True)
+    assert len(batch["transition"]["reward"]) == 32
+    saved = newest(tmp_path / "checkpoint")
+    assert saved is None or saved.step < 20_000
+
+
+def test_training_ends_early_and_keeps_the_best(tmp_path: Path, capsys: Any) -> None:
+    done = command(tmp_path, "agent=random", "steps=100000", "early_stopping=2", "eval_every=32",
+                   "evaluators=3", "checkpoint_every=0", "frozen_users=0")  # fmt: skip
+    saved = newest(tmp_path / "checkpoint")
+    best = newest(tmp_path / "best")
+    assert saved is not None
+    assert best is not None
+    points = dict(curves(tmp_path)["eval/mean_reward"])
+    assert done["best_eval"]["step"] == best.step == max(points, key=lambda step: points[step])
+    assert saved.step < 100_000
+    assert list(points)[-3] == best.step  # two more, neither better
+    assert f"that of step {best.step}" in capsys.readouterr().out
+
+
+def test_early_stopping_needs_a_simulator_that_does_not_judge(tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        command(tmp_path, "agent=random", "early_stopping=2", "evaluators=1")
+    assert "at least 2" in capsys.readouterr().err
+
+
+def test_resume_takes_one_word(tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        command(tmp_path, "agent=random", "resume=yes")
+    assert "resume must be null or auto" in capsys.readouterr().err
