@@ -12,6 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from experiments import gym_results
 from experiments.cli import CONF, load
 from experiments.run_folder import ROOT
 
@@ -29,6 +30,9 @@ class Sweep(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         place = Path(os.environ.pop(SWEEP))
         for folder in sorted(p for p in place.glob("*") if p.is_dir()):  # one for each env
+            if config.env.get("id"):
+                print("\n".join(["", *gym_results.lines(gym_results.results(folder))]))
+                continue
             swept = [w for w in config.hydra.overrides.task if "env." in w and "," in bare(w)]
             if swept:
                 print(f"no report: {' '.join(swept)} makes other environments, which have one each")
