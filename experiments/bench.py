@@ -2,6 +2,8 @@
 
 python experiments/bench.py bench=env
 python experiments/bench.py bench=rank
+python experiments/bench.py bench=agents
+python experiments/bench.py bench=bandits
 python experiments/bench.py bench=ope_accuracy
 python experiments/bench.py bench=ope_speed obp=WHEEL
 """
@@ -116,6 +118,34 @@ def rank_text(rows: list[dict[str, Any]]) -> str:
     return rank_speed.text(rows)
 
 
+def bench_agents(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Env steps per CPU-second of our DQN and of Stable-Baselines3's in its two set-ups."""
+    from experiments import agent_speed
+
+    return agent_speed.speeds(repeats_of(cfg), cfg.seed, cfg.quick)
+
+
+def agents_text(rows: list[dict[str, Any]]) -> str:
+    """Its lines."""
+    from experiments import agent_speed
+
+    return agent_speed.text(rows)
+
+
+def bench_bandits(cfg: DictConfig) -> list[dict[str, Any]]:
+    """Decisions per CPU-second and regret of linear bandits beside contextualbandits."""
+    from experiments import bandit_speed
+
+    return bandit_speed.rows(repeats_of(cfg), cfg.seed, cfg.quick)
+
+
+def bandits_text(rows: list[dict[str, Any]]) -> str:
+    """Its lines."""
+    from experiments import bandit_speed
+
+    return bandit_speed.text(rows)
+
+
 def repeats_of(cfg: DictConfig) -> Any:
     """As given, or as many as the benchmark needs."""
     return REPEATS[cfg.bench] if cfg.repeats is None else cfg.repeats
@@ -123,13 +153,13 @@ def repeats_of(cfg: DictConfig) -> Any:
 
 BENCHES: dict[str, Callable[[DictConfig], list[dict[str, Any]]]] = {
     "env": bench_env, "ope_accuracy": bench_ope_accuracy, "ope_speed": bench_ope_speed,
-    "rank": bench_rank,
+    "rank": bench_rank, "agents": bench_agents, "bandits": bench_bandits,
 }  # fmt: skip
 TEXTS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
     "env": lambda rows: "\n".join(map(line, rows)), "ope_accuracy": accuracy_text,
-    "ope_speed": speed_text, "rank": rank_text,
+    "ope_speed": speed_text, "rank": rank_text, "agents": agents_text, "bandits": bandits_text,
 }  # fmt: skip
-REPEATS = {"env": 5, "ope_accuracy": 100, "ope_speed": 5, "rank": 5}
+REPEATS = {"env": 5, "ope_accuracy": 100, "ope_speed": 5, "rank": 5, "agents": 3, "bandits": 3}
 
 
 def calls_per_second(call: Callable[[], Any], seconds: float) -> float:
