@@ -1,5 +1,6 @@
 """Every agent that has a yaml keeps the contract; the kit catches those that do not."""
 
+import copy
 import inspect
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
@@ -18,15 +20,28 @@ from agents.frozen import Frozen
 from agents.popular import BuyAgain, Popularity
 from agents.random import Random
 from agents.static import Static
-from agents.testing import check_agent, synthetic_observation, synthetic_spec
+from agents.testing import (
+    check_agent,
+    synthetic_observation,
+    synthetic_spec,
+    synthetic_steps,
+)
 
 CONF = Path(__file__).parents[1] / "experiments" / "conf" / "agent"
 YAMLS = sorted(CONF.glob("*.yaml"))
+ONE_ITEM = ("sb3_dqn", "sb3_qrdqn")  # SB3's value learners know no slates, and say who does
 VARIANTS = {  # yamls that turn a knob of another's model: what they change
     "popularity_by_weekday": {"model.by": "weekday"},
     "buy_again_recent": {"model.order": "recent"},
     "buy_again_due": {"model.order": "due"},
     "two_tower_linear": {"model.deep": False},
+    "qr_dqn": {"quantiles": 32},
+    "a2c": {"lr": 0.002, "steps": 8, "epochs": 1, "minibatch": None, "clip": None},
+    "reinforce_topk": {"off_policy": True, "top_k": None},
+    "sb3_qrdqn": {"algo": "qrdqn"},
+    "sb3_ppo": {"algo": "ppo"},
+    "sb3_maskable_ppo": {"algo": "maskable_ppo"},
+    "sb3_a2c": {"algo": "a2c", "lr": 0.003, "n_steps": 4},
 }
 
 
@@ -59,6 +74,10 @@ def same(value: Any, default: Any) -> bool:
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
 def test_every_yaml_builds_an_agent_that_keeps_the_contract(path, slate_size):
     spec = synthetic_spec(slate_size=slate_size)
+    if slate_size > 1 and path.stem in ONE_ITEM:
+        with pytest.raises(InstantiationException, match="shows one item, got slate_size=3"):
+            instantiate(OmegaConf.load(path), spec)
+        return
     agent = instantiate(OmegaConf.load(path), spec)
     assert isinstance(agent, Agent)
     assert check_agent(agent, spec) == []
@@ -89,7 +108,7 @@ def test_knobs_are_found_in_nested_models_and_lists_of_them():
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
 def test_a_saved_agent_scores_as_it_did_and_the_same_in_any_batch(path):
-    spec = synthetic_spec()
+    spec = synthetic_spec(slate_size=1 if path.stem in ONE_ITEM else 2)
     config = OmegaConf.load(path)
     agent = instantiate(config, spec)
     obs = synthetic_observation(spec, 8, torch.Generator().manual_seed(2))
@@ -103,6 +122,58 @@ def test_a_saved_agent_scores_as_it_did_and_the_same_in_any_batch(path):
     assert torch.allclose(other.scores(obs), scores, atol=1e-6, rtol=1e-6)
     again = instantiate(config, spec)
     assert torch.equal(again.scores(obs), scores)
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Nested states with the same bits."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("path", [p for p in YAMLS if p.stem not in ONE_ITEM], ids=lambda p: p.stem)
+def test_two_agents_of_one_state_share_nothing(path):
+    spec = synthetic_spec()
+    config, generator = OmegaConf.load(path), torch.Generator().manual_seed(3)
+    one, other = instantiate(config, spec), instantiate(config, replace(spec, seed=5))
+    if isinstance(one, Static):
+        pytest.skip("nothing in it is learnt")
+    for transition in synthetic_steps(one, spec, 64, 20, generator):
+        one.update(transition)
+    before = copy.deepcopy(one.state_dict())
+    other.load_state_dict(one.state_dict())
+    for transition in synthetic_steps(other, spec, 64, 20, generator):
+        other.update(transition)
+    assert equal(one.state_dict(), before)
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
+def test_training_goes_on_bit_for_bit_from_state_and_experience(path):
+    spec = synthetic_spec(slate_size=1 if path.stem in ONE_ITEM else 2)
+    config = OmegaConf.load(path)
+    one, other = instantiate(config, spec), instantiate(config, replace(spec, seed=5))
+    generator = torch.Generator().manual_seed(3)
+    for transition in synthetic_steps(one, spec, 64, 21, generator):
+        one.update(transition)
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    if hasattr(one, "experience"):
+        other.load_experience(copy.deepcopy(one.experience()))
+    state = generator.get_state()
+    runs = []
+    for agent in (one, other):
+        again = torch.Generator()
+        again.set_state(state)
+        shown = []
+        for transition in synthetic_steps(agent, spec, 64, 20, again):
+            agent.update(transition)
+            shown.append(transition.decision.slate)
+        runs.append((torch.stack(shown), agent.state_dict()))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert equal(runs[0][1], runs[1][1])
 
 
 def test_the_synthetic_events_are_the_interactions_in_time_order():

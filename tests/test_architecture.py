@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "experiments": OURS,
 }
 HEAVY = ("transformers", "stable_baselines3", "sklearn", "matplotlib", "tokenizers", "implicit")
-HARMLESS = ("default_rng", "Generator", "SeedSequence", "get_state", "getstate")
+HARMLESS = ("default_rng", "Generator", "SeedSequence", "get_state", "getstate",
+            "set_state", "setstate")  # fmt: skip
 TORCH_DRAWS = ("rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial")
 TENSOR_DRAWS = ("exponential_", "uniform_", "normal_", "random_", "bernoulli_", "cauchy_",
                 "geometric_", "log_normal_")  # fmt: skip
@@ -94,7 +95,11 @@ def test_no_number_is_drawn_from_a_global_generator(path: Path) -> None:
     assert global_draws(ast.parse(path.read_text())) == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
+# subclasses of a library's own classes have to import it: agents/sb3.py imports these when asked
+LAZY = ("agents/sb3_env.py", "agents/sb3_model.py", "agents/sb3_policies.py")
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if name_of(p) not in LAZY], ids=name_of)
 def test_heavy_libraries_are_imported_where_they_are_needed(path: Path) -> None:
     assert heavy_at_the_top(ast.parse(path.read_text())) == []
 
