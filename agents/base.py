@@ -62,6 +62,12 @@ class AgentSpec:
                 f"slate_size must be in 1..{self.num_items}, the catalogue, got {self.slate_size}: "
                 "shrink the slate or enlarge the catalogue"
             )
+        for name in ("past_size", "history_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(self, name)}: where there is nothing "
+                    "to remember, one place stays EMPTY"
+                )
         for name in ("item_vectors", "popularity"):
             values = getattr(self, name)
             if values.shape[0] != self.num_items:

@@ -281,6 +281,12 @@ def test_item_vectors_that_are_not_finite_are_refused():
         replace(spec, item_vectors=vectors)
 
 
+@pytest.mark.parametrize("name", ["past_size", "history_size"])
+def test_an_agent_spec_needs_a_place_for_the_past(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        replace(synthetic_spec(), **{name: 0})
+
+
 def test_an_agent_spec_needs_a_row_per_item():
     with pytest.raises(ValueError, match="one row per item, expected 24, got 3"):
         AgentSpec(**{**synthetic_spec().__dict__, "popularity": torch.ones(3)})
