@@ -69,6 +69,7 @@ def mixture_slates(sampled: Sampled, samples: int, allowed: Tensor, k: int) -> T
     for first in range(0, samples, step):
         scores = sampled(first, min(first + step, samples)).masked_fill_(forbidden, -torch.inf)
         best = scores.argmax(dim=2, keepdim=True) if k == 1 else scores.topk(k, dim=2).indices
+        _need_finite(scores.gather(2, best).isfinite().all(dim=2).all(dim=1))  # nan is the highest
         parts.append(best)
     return torch.cat(parts, dim=1)
 
@@ -107,6 +108,7 @@ def _best(scores: Tensor, free: Tensor) -> Tensor:
     """Which of the free items (B, N) score best, up to rounding; none where none is free."""
     value = scores.masked_fill(~free, -torch.inf)  # (B, N)
     top = value.amax(dim=1, keepdim=True)  # (B, 1)
+    _need_finite(~(top.isnan() | top.isposinf()).squeeze(1))
     return (value >= top - TIE * top.abs()) & free
 
 
@@ -126,6 +128,13 @@ def _any(pool: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.rand(len(rows), pool.shape[1], generator=generator, device=pool.device)
         item[rows] = noise.masked_fill_(~pool[rows], -1.0).argmax(dim=1)
     return item
+
+
+def _need_finite(fine: Tensor) -> None:
+    """Refuse rows (B,) whose scores are no numbers: nothing is the best of them."""
+    if not fine.all():
+        row = int((~fine).nonzero()[0])
+        raise ValueError(f"scores must be finite, row {row} is not: look at the observation")
 
 
 def _need(allowed: Tensor, k: int) -> None:

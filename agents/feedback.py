@@ -16,12 +16,12 @@ class Pending:
         if keep < 1:
             raise ValueError(f"pending must be at least 1 decision, got {keep}")
         self.keep, self.device, self.next = keep, device, 0
+        self.data: dict[str, Tensor] = {}
         self.clear()
 
     def clear(self) -> None:
         """Expect nothing; ids go on counting, so that old ones stay unknown."""
         self.key = torch.full((self.keep,), -1, dtype=torch.int64, device=self.device)
-        self.data: dict[str, Tensor] = {}
         self.lost = self.late = 0  # fell out unanswered; answered after that
 
     def __len__(self) -> int:

@@ -77,11 +77,10 @@ def sampled_log_probs(
     corrected = (others - log_q - math.log(others.shape[1])).masked_fill(~count, -1e30)  # (n, M)
     rest = corrected.logsumexp(dim=1, keepdim=True)  # (n, 1)
     logp = given_above(shown, real, rest)
-    mass = torch.cat([corrected, shown.masked_fill(~real, -1e30)], dim=1).log_softmax(dim=1)
-    logits = torch.cat([others, shown], dim=1)
-    total = logits[:, -1] - mass[:, -1]  # (n,) log of the whole sum, if the last slot is real
-    total = torch.where(real[:, -1], total, rest.squeeze(1))
-    return logp, total - (mass.exp() * logits).sum(dim=1)
+    terms = torch.cat([corrected, shown.masked_fill(~real, -1e30)], dim=1)  # (n, M + K)
+    total = terms.logsumexp(dim=1, keepdim=True)  # (n, 1) log of the whole sum
+    mean = ((terms - total).exp() * torch.cat([others, shown], dim=1)).sum(dim=1)  # (n,)
+    return logp, total.squeeze(1) - mean
 
 
 class Behaviour(nn.Module):

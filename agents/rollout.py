@@ -206,7 +206,8 @@ def slate_log_probs(logp: Tensor, slate: Tensor) -> tuple[Tensor, Tensor]:
     real = (slate != EMPTY) & shown.isfinite()  # (n, K)
     if slate.shape[1] == 1:
         return torch.where(real, shown, 0.0), real
-    gone = torch.where(real, slate, slate[:, :1].clamp(min=0))  # (n, K)
+    first = slate.gather(1, real.int().argmax(dim=1, keepdim=True))  # (n, 1) one that was shown
+    gone = torch.where(real, slate, first.clamp(min=0))  # (n, K)
     rest = logp.scatter(1, gone, NEVER).logsumexp(dim=1, keepdim=True)  # (n, 1) never shown
     return given_above(shown, real, rest), real
 

@@ -33,6 +33,7 @@ from agents.saving import (
     check_catalog,
     generator_state,
     load_net,
+    load_optimizer,
     restore_generator,
 )
 from encoders.state import EMPTY, Observation
@@ -343,7 +344,7 @@ class SB3:
                 f"agent is SB3(algo={mine[0]!r}, head={mine[1]!r}): build it with those"
             )
         load_net(self.model.policy, state["policy"])
-        self.model.policy.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.model.policy.optimizer, state["optimizer"])
         load_net(self.read, state["read"])
         restore_generator(self.generator, state["generator"])
         self.streams = state["streams"]

@@ -163,6 +163,11 @@ class SlatePPO:
     def slate_probs(
         self, obs: Observation, mask: Mask, slate: Tensor, *, explore: bool = True
     ) -> Tensor:
+        if ((slate < EMPTY) | (slate >= self.spec.num_items)).any():
+            raise ValueError(
+                f"slate must hold items in 0..{self.spec.num_items - 1} or {EMPTY} for an empty "
+                f"slot, got {int(slate.min())}..{int(slate.max())}"
+            )
         free = self._allowed(obs, mask).clone()  # (B, N)
         seen = self.net.read(obs)
         base, above = self._base(seen), self._nothing(seen)
@@ -236,12 +241,16 @@ class SlatePPO:
         mask = None if rollout.mask is None else rollout.mask[rows]
         free = allowed_items(mask, len(rows), self.spec.num_items, rows.device)  # (n, N)
         n, k = slate.shape
-        gone = torch.zeros(n, k, self.spec.num_items, dtype=torch.bool, device=rows.device)
+        size = self.spec.num_items + 1  # the last column takes EMPTY
+        gone = torch.zeros(n, k, size, dtype=torch.bool, device=rows.device)
         for slot in range(k - 1):  # an item shown stays out of all slots below
-            place = slate[:, slot].clamp(min=0)[:, None, None].expand(n, k - 1 - slot, 1)
+            place = slate[:, slot].remainder(size)[:, None, None].expand(n, k - 1 - slot, 1)
             gone[:, slot + 1 :].scatter_(2, place, True)
+        shut = gone[:, :, :-1] | ~free[:, None, :]  # (n, K, N)
+        none = shut.all(dim=2, keepdim=True)  # nothing is left for this slot: it teaches nothing
         logits = self._base(seen)[:, None, :] + self._shift(seen, above, self.place)  # (n, K, N)
-        logp = logits.masked_fill(gone | ~free[:, None, :], -torch.inf).log_softmax(dim=2)
+        logp = logits.masked_fill(shut & ~none, -torch.inf).log_softmax(dim=2)
+        logp = logp.masked_fill(none, -torch.inf)
         new = logp.gather(2, slate.clamp(min=0)[:, :, None]).squeeze(2)  # (n, K)
         real = (slate != EMPTY) & new.isfinite() & old.isfinite()
         log_ratio = torch.where(real, new, 0.0) - torch.where(real, old, 0.0)

@@ -40,7 +40,10 @@ def save_checkpoint(
     home: Path, parts: dict[str, Any], cfg: DictConfig, *, step: int, about: dict[str, Any],
     keep: int = 2,
 ) -> Path:  # fmt: skip
-    """Write parts as home/step-STEP; older ones go when more than `keep` are there."""
+    """Write parts as home/step-STEP; older ones go when more than `keep` are there.
+
+    Later ones go as well: a run that went on from before them has not come there yet.
+    """
     folder, partial = home / f"step-{step:012d}", home / f"partial-{step:012d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -57,7 +60,9 @@ def save_checkpoint(
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)
-    for old in folders(home)[:-keep]:
+    there = folders(home)
+    now = there.index(folder) + 1
+    for old in [*there[now:], *there[: max(0, now - keep)]]:
         shutil.rmtree(old)
     for left in home.glob("partial-*"):
         shutil.rmtree(left)
@@ -121,6 +126,12 @@ def load_checkpoint(home: Path, agent: Agent, catalog: str, device: str = "cpu")
     fit(saved, agent, catalog)
     agent.load_state_dict(saved.part("agent", device))
     return saved
+
+
+def of_run(folder: Path) -> Path:
+    """Where the agent is that a finished run judged: where it stopped early, not the last one."""
+    best = folder / "best"
+    return best if folders(best) else folder / "checkpoint"
 
 
 def fit(saved: Checkpoint, agent: Agent, catalog: str) -> None:

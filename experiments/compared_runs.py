@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from agents.base import Agent, AgentSpec
 from experiments.arena import arena
-from experiments.checkpoints import folders, load_checkpoint
+from experiments.checkpoints import folders, load_checkpoint, of_run
 from experiments.cli import CONF, keys
 from experiments.policies import agent_config
 from experiments.run_folder import open_folder, stage, write_json
@@ -41,10 +41,10 @@ class Run:
     config: DictConfig
 
     def agent(self, spec: AgentSpec, catalog: Catalog) -> Agent:
-        """The agent as the training left it."""
+        """The agent that the run judged."""
         agent: Agent = instantiate(self.config.agent, spec)
         load_checkpoint(
-            self.folder / "checkpoint", agent, catalog.fingerprint(), str(catalog.vectors.device)
+            of_run(self.folder), agent, catalog.fingerprint(), str(catalog.vectors.device)
         )
         return agent
 

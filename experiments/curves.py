@@ -65,6 +65,10 @@ class Curves:
         self.learnt = learnt or self.learnt
         self.step += len(done)
 
+    def restart(self) -> None:
+        """Forget the running episodes, which were cut off and will not end."""
+        self.reward, self.length = torch.zeros_like(self.reward), torch.zeros_like(self.length)
+
     def write(self, regret: Tensor | None = None) -> float | None:
         """Write a point; the mean reward of the episodes that ended since the last one."""
         episodes, reward, length, chosen, slots = self.sums.tolist()

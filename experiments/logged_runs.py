@@ -16,7 +16,7 @@ from agents.frozen import Frozen
 from encoders.state import CONTEXT, EMPTY, Observation
 from evaluation import DecisionLog, Target, decisions
 from evaluation.fqe import FittedQ
-from experiments.checkpoints import load_checkpoint
+from experiments.checkpoints import load_checkpoint, of_run
 from experiments.from_logs import events_before, with_levels
 from experiments.logged_policies import Question, Settings, own
 from experiments.policies import DEFAULT_STEPS, named_agent
@@ -181,7 +181,7 @@ def of_the_run(
 ) -> dict[str, Agent]:
     """The frozen agent that wrote the log, and the same at other temperatures."""
     agent: Any = instantiate(cfg.agent, spec)
-    load_checkpoint(folder / "checkpoint", agent, catalog.fingerprint())
+    load_checkpoint(of_run(folder), agent, catalog.fingerprint())
     frozen = Frozen(agent, spec, temperature=cfg.frozen_temperature)
     found: dict[str, Agent] = {"logging": frozen}
     for share in temperatures:

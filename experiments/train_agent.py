@@ -5,6 +5,7 @@ python experiments/train_agent.py env=ecommerce agent=dqn
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # flat packages, installed or not
@@ -118,7 +119,7 @@ def train(
             "goes on"
         )
     if cfg.early_stopping and watch.best_step:
-        load_checkpoint(folder / "best", agent, world.catalog, world.spec.device)
+        load_checkpoint(watch.keep_best(), agent, world.catalog, world.spec.device)
         print(f"the best agent on the held-out simulator was that of step {watch.best_step}")
     return {"value": watch.best, "step": watch.best_step} if watch.best_step else {}
 
@@ -141,10 +142,11 @@ def loop(agent: Agent, env: Any, watch: Watch, world: Arena, saved: Checkpoint |
         transition = Transition(
             obs, mask, decision, reward, next(iter(info["response"].chosen.values())),
             info["slot_reward"], info.get("final_obs", next_obs),
-            info.get("final_mask", info["mask"]), terminated,
-            truncated | ~terminated if anew else truncated,
+            info.get("final_mask", info["mask"]), terminated, truncated,
         )  # fmt: skip
-        learnt = agent.update(transition)
+        learnt = agent.update(
+            replace(transition, truncated=truncated | ~terminated) if anew else transition
+        )
 
         if watch.log is not None:
             step = one_step(env, rows, decision, terminated, truncated, info)
@@ -157,6 +159,7 @@ def loop(agent: Agent, env: Any, watch: Watch, world: Arena, saved: Checkpoint |
         obs = next_obs
         if anew:
             obs, info = env.restart()
+            watch.restart()
         if due:
             watch.save(env)
     if watch.written != watch.step:  # it ended early
@@ -177,7 +180,8 @@ def learn(agent: Any, env: Any, watch: Watch, world: Arena, saved: Checkpoint | 
             watch.save(env if keeps else None)
         return watch.go_on
 
-    agent.learn(env, watch.steps - watch.step, after, start=start)
+    if watch.go_on:  # not a run that was cut off after its last step
+        agent.learn(env, watch.steps - watch.step, after, start=start)
     if watch.written != watch.step:
         watch.save()
 

@@ -32,7 +32,7 @@ from agents.replay import Replay
 from evaluation import decisions
 from evaluation.online import Sessions, play, table
 from experiments.arena import Arena, arena, chosen_device
-from experiments.checkpoints import load_checkpoint, save_checkpoint
+from experiments.checkpoints import load_checkpoint, of_run, save_checkpoint
 from experiments.logged_runs import configuration, spec_of
 from experiments.logged_transitions import Logged, replay_of
 from experiments.oracle import play_oracle
@@ -195,7 +195,7 @@ def others(cfg: DictConfig, run: Path, world: Arena) -> tuple[dict[str, Agent], 
     """Baselines and the run's agent, and the latter's name in the table."""
     config = configuration(run)
     agent: Agent = hydra.utils.instantiate(config.agent, world.spec)
-    load_checkpoint(run / "checkpoint", agent, world.catalog, world.spec.device)
+    load_checkpoint(of_run(run), agent, world.catalog, world.spec.device)
     names = dict.fromkeys(cfg.baselines if cfg.baselines is not None else BASELINES)
     logger = f"logging {config.agent_name}"
     return {**{name: named_agent(name, world.spec) for name in names}, logger: agent}, logger

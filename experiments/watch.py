@@ -1,5 +1,6 @@
 """What happens beside learning: curves, evaluations, checkpoints, stopping early or when asked."""
 
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from agents.base import Agent, Transition
 from evaluation.decisions import DecisionWriter
 from experiments.arena import Arena
-from experiments.checkpoints import Checkpoint, save_checkpoint
+from experiments.checkpoints import Checkpoint, folders, save_checkpoint
 from experiments.curves import Curves
 
 
@@ -85,6 +86,11 @@ class Watch:
             self.curves.points(points)
             self.judge_best(points["eval/mean_reward"])
 
+    def restart(self) -> None:
+        """All running episodes were cut off: they are no episodes of the curves."""
+        assert self.curves is not None
+        self.curves.restart()
+
     def judge_best(self, value: float) -> None:
         """Keep the best agent so far, where training may stop early."""
         self.worse += 1
@@ -94,8 +100,16 @@ class Watch:
         if self.cfg.early_stopping:
             parts = {"agent": self.agent.state_dict()}
             save_checkpoint(
-                self.folder / "best", parts, self.cfg, step=self.step, about=self.about(), keep=1
+                self.folder / "best", parts, self.cfg, step=self.step, about=self.about(), keep=2
             )
+
+    def keep_best(self) -> Path:
+        """Keep the best agent alone: a run that was killed may have left one that it lost again."""
+        best = self.folder / "best" / f"step-{self.best_step:012d}"
+        for other in folders(best.parent):
+            if best.is_dir() and other != best:
+                shutil.rmtree(other)
+        return best
 
     def save(self, env: Any = None) -> None:
         """Write a checkpoint; with an env it holds all that training needs to go on."""

@@ -1,10 +1,18 @@
 """Epsilon-greedy flips a coin for each user and slot, and says the chance of what it shows."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
+from agents.bootstrapped import Bootstrapped
 from agents.epsilon_greedy import EpsilonGreedy
-from agents.testing import check_agent, synthetic_spec
+from agents.lints import LinTS
+from agents.linucb import LinUCB
+from agents.logistic_ts import LogisticTS
+from agents.neural_linear import NeuralLinear
+from agents.testing import check_agent, synthetic_observation, synthetic_spec
 from experiments.bandit_speed import bandit_spec, observed, step_of
 
 
@@ -75,3 +83,26 @@ def test_every_kind_of_features_keeps_the_contract(features, slate_size):
 def test_a_share_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"epsilon must be in \[0, 1\], got 1.5"):
         EpsilonGreedy(synthetic_spec(), epsilon=1.5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        EpsilonGreedy,
+        partial(LinUCB, features="disjoint"),
+        LinTS,
+        LogisticTS,
+        NeuralLinear,
+        Bootstrapped,
+    ],
+)
+@pytest.mark.parametrize("slate_size", [1, 2])
+def test_nothing_is_shown_where_the_observation_is_no_number(make, slate_size):
+    spec = synthetic_spec(num_items=6, slate_size=slate_size)
+    obs = synthetic_observation(spec, 3, torch.Generator().manual_seed(0))
+    profile = obs.profile.clone()
+    profile[1, 0] = torch.nan
+    allowed = torch.ones(3, 6, dtype=torch.bool)
+    allowed[:, 0] = False  # what was shown before this was refused, at a propensity of 0
+    with pytest.raises(ValueError, match="scores must be finite, row 1 is not"):
+        make(spec).act(replace(obs, profile=profile), allowed)

@@ -55,6 +55,10 @@ def test_what_fell_out_is_counted_and_not_learnt():
     assert taken["x"][:, 0].tolist() == [5.0]
     assert here.tolist() == [False, True, False]
     assert (pending.lost, pending.late) == (2, 2)
+    pending.clear()  # what is late stays late where nothing waits
+    taken, here = pending.take(torch.tensor([1]))
+    assert taken["x"].shape == (0, 1)
+    assert not here.any()
     with pytest.raises(ValueError, match="raise pending"):
         pending.add(rows(0, 5))
     with pytest.raises(ValueError, match="at least 1"):

@@ -235,6 +235,8 @@ def test_sampled_items_give_the_gradient_of_the_full_softmax():
     found, spread = sampled_log_probs(shown, real.repeat(rounds, 1), others, count, q[draws].log())
     ((found.sum() + spread.sum()) / rounds).backward()
     assert torch.allclose(found.detach().view(rounds, 3, 2).mean(dim=0), logp.detach(), atol=0.01)
+    spreads = spread.detach().view(rounds, 3).mean(dim=0)
+    assert torch.allclose(spreads, entropy(full).detach(), atol=0.02)
     assert (logits.grad - exact).abs().max() < 0.02
     assert exact.abs().max() > 0.5
     assert (logits.grad[~allowed] == 0).all()

@@ -9,14 +9,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
+from gymnasium import register
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from evaluation.decisions import read
 from experiments import train_agent
-from experiments.checkpoints import folders, newest, save_checkpoint
+from experiments.arena import arena
+from experiments.checkpoints import folders, newest, of_run, save_checkpoint
+from experiments.compared_runs import runs_in
 from experiments.watch import Watch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,6 +215,93 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path, config: Any) -> None
     assert "missing" in said[0]
     shutil.rmtree(tmp_path / "step-000000000002")
     assert newest(tmp_path, say=said.append) is None
+
+
+def test_what_lies_ahead_of_a_run_that_goes_on_does_not_count(tmp_path: Path, config: Any) -> None:
+    about, parts = {"catalog": "c", "agent_kind": "DQN"}, {"agent": {"x": torch.ones(1)}}
+    save_checkpoint(tmp_path, parts, config, step=1000, about=about, keep=1)
+    (tmp_path / "step-000000001000" / "agent.pt").write_bytes(b"damaged")
+    assert newest(tmp_path, say=lambda words: None) is None  # so the run starts anew
+    save_checkpoint(tmp_path, parts, config, step=400, about=about, keep=1)
+    saved = newest(tmp_path)
+    assert saved is not None
+    assert saved.step == 400
+
+
+def test_a_best_agent_that_a_killed_run_left_ahead_is_not_taken(tmp_path: Path) -> None:
+    words = ["agent=random", "early_stopping=9", "eval_every=64", "evaluators=3",
+             "checkpoint_every=64", "frozen_users=0", "steps=256"]  # fmt: skip
+    best = dict.fromkeys((64, 128, 192, 256), 1.0)
+
+    def run(at: int, *more: str) -> dict[str, Any]:
+        judge = Watch.judge_best
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Watch, "judge_best", lambda self, value: judge(self, best[self.step]))
+            return killed(tmp_path, at, *words) if at else command(tmp_path, *words, *more) or {}
+
+    best[192] = 3.0
+    run(200)
+    for folder in folders(tmp_path / "checkpoint"):  # what came after 64 was damaged
+        if folder.name > "step-000000000064":
+            (folder / "agent.pt").unlink()
+    best[128], best[192] = 2.0, 1.0  # another timeline: a device that rounds otherwise
+    assert run(0, "resume=auto")["best_eval"] == {"value": 2.0, "step": 128}
+    assert [f.name for f in folders(tmp_path / "best")] == ["step-000000000128"]
+    assert of_run(tmp_path) == tmp_path / "best"
+
+
+def test_the_agent_of_a_run_that_ended_early_is_its_best(tmp_path: Path) -> None:
+    done = command(tmp_path, *DQN, "steps=100000", "early_stopping=2", "evaluators=3",
+                   "checkpoint_every=0")  # fmt: skip
+    last, judged = newest(tmp_path / "checkpoint"), newest(of_run(tmp_path))
+    assert last is not None
+    assert judged is not None
+    assert judged.step == done["best_eval"]["step"] < last.step
+    world = arena(OmegaConf.load(tmp_path / "config.yaml"), "cpu", 100_000)
+    assert world.worlds is not None
+    catalog = world.worlds.test[0].catalog
+    (run,) = runs_in(tmp_path, OmegaConf.load(tmp_path / "config.yaml").env)
+    same_tensors(run.agent(world.spec, catalog).state_dict(), judged.part("agent"))
+    assert of_run(tmp_path / "none") == tmp_path / "none" / "checkpoint"
+
+
+def test_a_run_of_sb3_cut_off_after_its_last_step_is_judged(tmp_path: Path) -> None:
+    words = ["agent=sb3_dqn", "agent.batch_size=16", "agent.learning_starts=64", "steps=128"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Watch, "close", lambda self: (_ for _ in ()).throw(KilledError))
+        with pytest.raises(KilledError):
+            command(tmp_path, *words)
+    saved = newest(tmp_path / "checkpoint")
+    assert saved is not None
+    assert saved.step == 128
+    done = command(tmp_path, *words, "resume=auto")
+    assert "sb3_dqn" in [row["policy"] for row in done["table"]]
+
+
+def test_episodes_cut_at_a_checkpoint_are_none_of_the_curves(tmp_path: Path) -> None:
+    register("recplay-test/Ten-v0", entry_point=lambda: Ten())
+    words = ["env=gym", "env.id=recplay-test/Ten-v0", "agent=random", "num_envs=4", "steps=400",
+             "log_every=40", "eval_every=0", "eval_users=4", "progress=false"]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["t", *words, "checkpoint_every=60", f"run_dir={tmp_path}"])
+        train_agent.main()
+    points = curves(tmp_path)
+    assert {value for _, value in points["rollout/ep_len_mean"]} == {10.0}
+    assert {value for _, value in points["rollout/ep_rew_mean"]} == {10.0}
+
+
+class Ten(gym.Env):
+    """A reward of 1 for each of ten steps."""
+
+    observation_space, action_space = gym.spaces.Box(0, 1, (1,)), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self.steps = 0
+        return np.zeros(1, dtype=np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        return np.zeros(1, dtype=np.float32), 1.0, self.steps == 10, False, {}
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:

@@ -227,6 +227,16 @@ def test_a_run_goes_on_bit_for_bit(algo):
     assert other.epsilon == straight.epsilon
 
 
+@pytest.mark.parametrize("algo", ["dqn", "ppo"])
+def test_two_agents_of_one_state_do_not_share_an_optimiser(algo):
+    one, other = agent_of(algo), agent_of(algo, seed=1)
+    one.learn(sessions(), 96, always)
+    other.load_state_dict(one.state_dict())
+    before = str(one.state_dict()["optimizer"])
+    other.learn(sessions(), 96, always)
+    assert str(one.state_dict()["optimizer"]) == before
+
+
 @pytest.mark.parametrize("slate_size", [1, 2])
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_a_copy_shares_nothing(algo, slate_size):
