@@ -28,9 +28,13 @@ Turn = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], None
 
 def rows(repeats: int, seed: int, quick: bool) -> list[dict[str, Any]]:
     """Every policy's decisions per CPU-second, the median of repeats, and its share of regret."""
+    from threadpoolctl import threadpool_limits
+
     decisions = DECISIONS // 50 if quick else DECISIONS
-    runs = [{name: play(turn(seed), decisions, seed) for name, turn in policies().items()}
-            for _ in range(repeats)]  # fmt: skip
+    turns = policies()  # loads the peer: what is not loaded yet cannot be limited
+    with threadpool_limits(1):  # its libraries would wait for each other on all cores
+        runs = [{name: play(turn(seed), decisions, seed) for name, turn in turns.items()}
+                for _ in range(repeats)]  # fmt: skip
     found: list[dict[str, Any]] = []
     for name in runs[0]:
         rates = sorted(run[name][0] for run in runs)
