@@ -16,9 +16,16 @@ class NonFiniteLossError(ValueError):
         self.batch = batch
 
 
+def a_number(name: str, value: object) -> None:
+    """Refuse words where a number is meant."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+
+
 def positive(**numbers: float) -> None:
     """Refuse settings that are not above 0."""
     for name, number in numbers.items():
+        a_number(name, number)
         if not number > 0:
             raise ValueError(f"{name} must be above 0, got {number}")
 
@@ -26,6 +33,7 @@ def positive(**numbers: float) -> None:
 def not_negative(**numbers: float) -> None:
     """Refuse settings below 0."""
     for name, number in numbers.items():
+        a_number(name, number)
         if not number >= 0:
             raise ValueError(f"{name} must be at least 0, got {number}")
 
@@ -33,6 +41,7 @@ def not_negative(**numbers: float) -> None:
 def share(**numbers: float) -> None:
     """Refuse settings that are not in [0, 1]."""
     for name, number in numbers.items():
+        a_number(name, number)
         if not 0.0 <= number <= 1.0:
             raise ValueError(f"{name} must be in [0, 1], got {number}")
 

@@ -130,7 +130,7 @@ class DQN:
         amp: bool = False,
         compile: bool = False,
     ) -> None:
-        share(epsilon_start=epsilon_start, epsilon_end=epsilon_end, beta=beta)
+        share(gamma=gamma, epsilon_start=epsilon_start, epsilon_end=epsilon_end, beta=beta)
         positive(
             lr=lr, epsilon_steps=epsilon_steps, batch_size=batch_size, replay_ratio=replay_ratio,
             tau=tau, grad_clip=grad_clip, kappa=kappa,

@@ -56,6 +56,12 @@ def shop(cfg: DictConfig, worlds: Worlds, device: str, steps: int) -> Arena:
     """Users fitted to a log, or synthetic ones: some to train on, others to judge."""
     simulator = worlds.train
     judges = worlds
+    for key in ("slate_size", "max_steps"):
+        size = cfg.env.session.get(key)
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(
+                f"env.session.{key} must be a whole number of at least 1, got {size!r}"
+            )
     if cfg.early_stopping:
         if len(worlds.test) < 2:
             raise ValueError(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agents.base import AgentSpec, Decision, Transition, allowed_items
@@ -149,6 +149,7 @@ def test_slot_advantages_by_hand():
     assert found[0].tolist() == [[3.125, 3.25], [2.0, 1.0], [4.0, 5.0]]
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 1000), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
 def test_slates_of_one_have_the_advantages_of_steps(seed, gamma, lam):
     g = torch.Generator().manual_seed(seed)
@@ -250,6 +251,19 @@ def test_at_temperature_zero_the_best_of_each_slot_is_shown_without_chance(taugh
     best = agent.scores(obs).masked_fill(~allowed_items(obs.history, 32, 12, "cpu"), -torch.inf)
     assert torch.equal(slates[0].slate[:, 0], best.argmax(dim=1))
     assert len({str(agent.act(obs, None).slate.tolist()) for _ in range(3)}) == 3  # exploring
+
+
+def test_equal_items_are_not_shown_in_the_order_of_their_ids():
+    spec = toy_spec(items=30, slate_size=3)
+    agent = SlatePPO(spec, **QUICK | {"temperature": 0.0})
+    with torch.no_grad():
+        for p in agent.policy:
+            p.zero_()  # every item alike
+    obs = toy_obs(torch.ones(2, 4))
+    decision = agent.act(obs, None, explore=False)
+    assert decision.slate.max() > 2
+    assert torch.equal(decision.slate[0], decision.slate[1])
+    assert (agent.slate_probs(obs, None, decision.slate, explore=False) == 1.0).all()
 
 
 def test_empty_repeated_and_forbidden_slots_have_no_chance_and_change_nothing_below(taught):
@@ -452,7 +466,7 @@ def test_a_weight_on_entropy_keeps_chances_even():
     for weight in (0.0, 1.0):
         spec = toy_spec(items=6, slate_size=2)
         agent = SlatePPO(spec, **QUICK | {"lr": 5e-3, "steps": 2, "entropy_weight": weight})
-        play_variety(agent, 60, users=32)
+        play_variety(agent, 40, users=32)
         probs = agent.action_probs(toy_obs(torch.ones(1, 4)), None)
         found.append(float(-(probs * probs.log()).sum()))
     assert found[1] > 1.75  # log 6 is 1.79
@@ -505,8 +519,7 @@ def test_the_same_seed_trains_bit_equally_and_another_does_not():
     assert not equal(one["slots"], other["slots"])
 
 
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("k", "temperature"), [(1, 1.0), (3, 0.0)])
 def test_it_conforms(k, temperature):
     spec = synthetic_spec(slate_size=k)
     assert check_agent(SlatePPO(spec, **QUICK | {"temperature": temperature}), spec) == []

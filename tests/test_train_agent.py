@@ -220,6 +220,9 @@ def test_a_checkpoint_of_another_catalogue_is_refused(
         ("env.session.slate_size=100", "slate"),
         ("baselines=[randm]", "there is no agent 'randm', did you mean 'random'?; there are: "),
         ("checkpoint=nowhere", "no checkpoint in nowhere"),
+        ("agent.gamma=abc", "gamma must be a number, got 'abc'"),
+        ("env.session.slate_size=abc", "env.session.slate_size must be a whole number"),
+        ("env.session.max_steps=0", "env.session.max_steps must be a whole number of at least 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(
