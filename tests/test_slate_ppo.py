@@ -439,12 +439,17 @@ def test_empty_slots_teach_nothing_and_use_no_item_up():
 
 
 def test_a_slate_cut_short_for_want_of_items_is_learnt_from():
-    agent = SlatePPO(toy_spec(slate_size=3), **QUICK | {"steps": 1})
+    agent = SlatePPO(toy_spec(slate_size=3), **QUICK | {"steps": 1, "epochs": 1})
+    with torch.no_grad():
+        for p in agent.policy:
+            p.zero_()  # every item alike
     mask = torch.tensor([[True, True, False, False]]).expand(4, 4)
     decision = Decision(torch.tensor([[0, 1, EMPTY]]).expand(4, 3), torch.full((4, 3), 0.5))
     logs = agent.update(toy_step(torch.ones(4, 4), decision, torch.ones(4, 3), mask=mask))
     assert all(bool(value.isfinite()) for value in logs.values())
     assert all(bool(p.isfinite().all()) for p in agent.policy)
+    # two items for the first slot, one for the second, none for the third
+    assert float(logs["train/entropy_loss"]) == pytest.approx(-0.6931 / 3.0, abs=1e-3)
 
 
 def test_entropy_is_of_what_may_be_shown_in_each_slot():
