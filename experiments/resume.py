@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.checkpoints import Checkpoint, newest
+from experiments.checkpoints import Checkpoint, folders, newest
 from experiments.run_folder import home_of, write_text
 
 FREE = ("resume", "run_dir", "progress", "out", "steps", "checkpoint_keep")  # may differ
@@ -45,6 +45,11 @@ def interrupted_run(cfg: DictConfig) -> Before | None:
 def gone_on(folder: Path, cfg: DictConfig) -> Before:
     """A run's newest whole checkpoint; its finished result, if any, no longer holds."""
     saved = newest(folder / "checkpoint", say=lambda words: print(words, flush=True))
+    if saved is None and folders(folder / "checkpoint"):
+        raise ValueError(
+            f"every checkpoint of {folder} is damaged; its curves and decisions are kept: start "
+            "anew in another run_dir"
+        )
     if saved is None:
         print(f"{folder} was cut off before its first checkpoint: it starts anew", flush=True)
         for part in (folder / "training").glob("part-*"):

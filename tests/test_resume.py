@@ -152,6 +152,18 @@ def test_a_damaged_checkpoint_is_passed_over(straight: Path, tmp_path: Path, cap
     assert_same_run(straight, tmp_path)
 
 
+def test_where_all_checkpoints_are_damaged_nothing_is_taken_away(
+    tmp_path: Path, capsys: Any
+) -> None:
+    killed(tmp_path, 500, *DQN, "steps=960")
+    for path in tmp_path.glob("checkpoint/*/agent.pt"):
+        path.write_bytes(b"")
+    with pytest.raises(SystemExit):
+        command(tmp_path, *DQN, "steps=960", "resume=auto")
+    assert "every checkpoint of" in capsys.readouterr().err
+    assert list((tmp_path / "training").glob("part-*"))
+
+
 def test_kill_9_in_the_middle_leaves_what_resume_needs(tmp_path: Path) -> None:
     words = [*SMALL, *DQN, "steps=100000000", f"run_dir={tmp_path}"]
     script = str(ROOT / "experiments" / "train_agent.py")
@@ -241,9 +253,9 @@ def test_a_best_agent_that_a_killed_run_left_ahead_is_not_taken(tmp_path: Path) 
 
     best[192] = 3.0
     run(200)
-    for folder in folders(tmp_path / "checkpoint"):  # what came after 64 was damaged
+    for folder in folders(tmp_path / "checkpoint"):  # what came after 64 was lost
         if folder.name > "step-000000000064":
-            (folder / "agent.pt").unlink()
+            shutil.rmtree(folder)
     best[128], best[192] = 2.0, 1.0  # another timeline: a device that rounds otherwise
     assert run(0, "resume=auto")["best_eval"] == {"value": 2.0, "step": 128}
     assert [f.name for f in folders(tmp_path / "best")] == ["step-000000000128"]
