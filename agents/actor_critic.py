@@ -15,14 +15,7 @@ from torch import Tensor, nn
 
 from agents.base import AgentSpec, Decision, Mask, Transition, allowed_items
 from agents.checks import check_finite, check_loss, positive, share, whole
-from agents.explore import (
-    epsilon_greedy_probs,
-    epsilon_greedy_slate,
-    epsilon_greedy_slate_probs,
-    plackett_luce_probs,
-    sample_slate,
-    softmax_uniform,
-)
+from agents.explore import softmax_probs, softmax_slate, softmax_slate_probs
 from agents.nets import QNet, Seen
 from agents.rollout import (
     Critic,
@@ -124,23 +117,17 @@ class ActorCritic:
         return self.net(obs)
 
     def act(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Decision:
-        k = self.spec.slate_size
-        if explore or self.temperature:
-            return sample_slate(self._probs(obs, mask, explore), k, self.generator)
-        allowed = self._allowed(obs, mask)
-        return epsilon_greedy_slate(self.scores(obs), allowed, k, 0.0, self.generator)
+        k, allowed = self.spec.slate_size, self._allowed(obs, mask)
+        return softmax_slate(self.scores(obs), allowed, k, self._heat(explore), self.generator)
 
     def slate_probs(
         self, obs: Observation, mask: Mask, slate: Tensor, *, explore: bool = True
     ) -> Tensor:
-        if explore or self.temperature:
-            return plackett_luce_probs(self._probs(obs, mask, explore), slate)
-        return epsilon_greedy_slate_probs(self.scores(obs), self._allowed(obs, mask), slate, 0.0)
+        allowed = self._allowed(obs, mask)
+        return softmax_slate_probs(self.scores(obs), allowed, slate, self._heat(explore))
 
     def action_probs(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Tensor:
-        if explore or self.temperature:
-            return self._probs(obs, mask, explore).float()
-        return epsilon_greedy_probs(self.scores(obs), self._allowed(obs, mask), 0.0)
+        return softmax_probs(self.scores(obs), self._allowed(obs, mask), self._heat(explore))
 
     def update(self, transition: Transition) -> dict[str, Tensor]:
         """Collect a step of B users; learn when the rollout is full, and start a new one."""
@@ -252,11 +239,9 @@ class ActorCritic:
     def load_experience(self, state: dict[str, Any]) -> None:
         self.rollout.load_state_dict(state)
 
-    @torch.no_grad()
-    def _probs(self, obs: Observation, mask: Mask, explore: bool) -> Tensor:
-        """Probability (B, N) of each item for the first slot, float64."""
-        temperature = 1.0 if explore else self.temperature
-        return softmax_uniform(self.net(obs), self._allowed(obs, mask), temperature, 0.0)
+    def _heat(self, explore: bool) -> float:
+        """Temperature of the softmax that acts."""
+        return 1.0 if explore else self.temperature
 
     def _allowed(self, obs: Observation, mask: Mask) -> Tensor:
         return allowed_items(mask, len(obs), self.spec.num_items, obs.profile.device)

@@ -170,3 +170,28 @@ def _need(best: Tensor, k: int, values: Tensor) -> None:
         f"a slate of {k} needs {k} allowed items, row {row} has {int(fine[row])}: "
         "shrink the slate, end the episode earlier or mask fewer items"
     )
+
+
+def softmax_slate(
+    scores: Tensor, allowed: Tensor, k: int, temperature: float, generator: torch.Generator
+) -> Decision:
+    """Slates (B, K) by the softmax of scores (B, N); temperature 0 shows the best."""
+    if temperature:
+        return sample_slate(softmax_uniform(scores, allowed, temperature, 0.0), k, generator)
+    return epsilon_greedy_slate(scores, allowed, k, 0.0, generator)
+
+
+def softmax_slate_probs(
+    scores: Tensor, allowed: Tensor, slate: Tensor, temperature: float
+) -> Tensor:
+    """Probability (B, K) of each item of what `softmax_slate` draws, given those above."""
+    if temperature:
+        return plackett_luce_probs(softmax_uniform(scores, allowed, temperature, 0.0), slate)
+    return epsilon_greedy_slate_probs(scores, allowed, slate, 0.0)
+
+
+def softmax_probs(scores: Tensor, allowed: Tensor, temperature: float) -> Tensor:
+    """Probability (B, N) of each item for the first slot of `softmax_slate`."""
+    if temperature:
+        return softmax_uniform(scores, allowed, temperature, 0.0).float()
+    return epsilon_greedy_probs(scores, allowed, 0.0)
