@@ -9,14 +9,7 @@ from torch import Tensor, nn
 
 from agents.base import AgentSpec, Decision, Mask, Transition, allowed_items
 from agents.checks import check_finite, check_loss, positive, share
-from agents.explore import (
-    epsilon_greedy_probs,
-    epsilon_greedy_slate,
-    epsilon_greedy_slate_probs,
-    plackett_luce_probs,
-    sample_slate,
-    softmax_uniform,
-)
+from agents.explore import softmax_probs, softmax_slate, softmax_slate_probs
 from agents.nets import QNet, ValueNet
 from agents.offline import (
     descend,
@@ -117,24 +110,19 @@ class IQL:
         return self.policy_mean(obs)
 
     def act(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Decision:
-        k = self.spec.slate_size
-        if explore:
-            return sample_slate(self._probs(obs, mask), k, self.generator)
-        return epsilon_greedy_slate(
-            self.scores(obs), self._allowed(obs, mask), k, 0.0, self.generator
-        )
+        k, allowed = self.spec.slate_size, self._allowed(obs, mask)
+        heat = self.temperature if explore else 0.0
+        return softmax_slate(self.scores(obs), allowed, k, heat, self.generator)
 
     def slate_probs(
         self, obs: Observation, mask: Mask, slate: Tensor, *, explore: bool = True
     ) -> Tensor:
-        if explore:
-            return plackett_luce_probs(self._probs(obs, mask), slate)
-        return epsilon_greedy_slate_probs(self.scores(obs), self._allowed(obs, mask), slate, 0.0)
+        heat = self.temperature if explore else 0.0
+        return softmax_slate_probs(self.scores(obs), self._allowed(obs, mask), slate, heat)
 
     def action_probs(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Tensor:
-        if explore:
-            return self._probs(obs, mask).float()
-        return epsilon_greedy_probs(self.scores(obs), self._allowed(obs, mask), 0.0)
+        heat = self.temperature if explore else 0.0
+        return softmax_probs(self.scores(obs), self._allowed(obs, mask), heat)
 
     def update(self, transition: Transition) -> dict[str, Tensor]:
         """One gradient step of all nets on these rows of a log."""
@@ -203,7 +191,3 @@ class IQL:
 
     def _allowed(self, obs: Observation, mask: Mask) -> Tensor:
         return allowed_items(mask, len(obs), self.spec.num_items, obs.profile.device)
-
-    def _probs(self, obs: Observation, mask: Mask) -> Tensor:
-        """First-slot probabilities (B, N) float64."""
-        return softmax_uniform(self.scores(obs), self._allowed(obs, mask), self.temperature, 0.0)
