@@ -9,6 +9,7 @@ import numpy as np
 
 IDENTITY = 512  # items up to which unknown ones get one-hot vectors
 RANDOM_DIM = 64  # of the random vectors they get beyond
+ENDLESS = 10_000  # steps of an episode that nothing else ends
 TRIAL = 3  # steps of the trial whether an environment can be repeated
 
 
@@ -29,9 +30,15 @@ def check_oracle(oracle: int | None, env_id: str, *, told: bool) -> None:
 
 
 def make_envs(
-    id: str, num_envs: int, module: str | None, kwargs: dict[str, Any]
-) -> list[gym.Env[Any, Any]]:
-    """B copies of a registered environment; `module` registers it when imported."""
+    id: str, num_envs: int, module: str | None, kwargs: dict[str, Any], max_steps: int | None = None
+) -> tuple[list[gym.Env[Any, Any]], int]:
+    """B copies of a registered environment; `module` registers it when imported.
+
+    Episodes are cut after `max_steps`, or where the environment says. One that says nothing may go
+    on for ever: the number returned is where to cut it, else 0.
+    """
+    if max_steps is not None:
+        check_at_least_one({"max_steps": max_steps})
     if module:
         try:
             importlib.import_module(module)
@@ -41,11 +48,15 @@ def make_envs(
                 "folder on PYTHONPATH"
             ) from error
     try:
-        return [gym.make(id, disable_env_checker=True, **kwargs) for _ in range(num_envs)]
+        limit = max_steps or gym.spec(id).max_episode_steps
+        settings = {"disable_env_checker": True, "max_episode_steps": max_steps, **kwargs}
+        return [gym.make(id, **settings) for _ in range(num_envs)], 0 if limit else ENDLESS
     except (gym.error.Error, ImportError, TypeError) as error:
-        hint = "" if module else "; if a package registers it, name it with env.module=PACKAGE"
+        unknown = isinstance(error, gym.error.NameNotFound | gym.error.NamespaceNotFound)
+        hint = ": if a package registers it, name it with env.module=PACKAGE"
         what = "env.kwargs do not fit" if isinstance(error, TypeError) else "cannot be made"
-        raise ValueError(f"{id} {what}: {error}{hint}") from error
+        said = str(error).rstrip(".")
+        raise ValueError(f"{id} {what}: {said}{hint if unknown and not module else ''}") from error
 
 
 def same_vectors(envs: Sequence[gym.Env[Any, Any]], name: str, num_items: int) -> np.ndarray:

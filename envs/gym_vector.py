@@ -71,6 +71,7 @@ class GymVectorEnv:
         feedback: str | None = None,
         oracle: int | None = None,
         max_actions: int = 100_000,
+        max_steps: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         sizes = {"num_envs": num_envs, "history": history, "past": past, "max_actions": max_actions}
@@ -78,7 +79,7 @@ class GymVectorEnv:
         self.id, self.num_envs, self.seed = id, num_envs, seed
         self.device = torch.device(device)
         self.kwargs = kwargs or {}
-        self.envs = make_envs(id, num_envs, module, self.kwargs)
+        self.envs, self.capped = make_envs(id, num_envs, module, self.kwargs, max_steps)
         first, known = self.envs[0], item_features is not None
         self.actions = read_actions(
             first.action_space, id, slate=slate, features=known, max_actions=max_actions
@@ -213,12 +214,19 @@ class GymVectorEnv:
     def notes(self) -> list[str]:
         """How the environment is read, a line each; what will not be reproducible among it."""
         read, n, k = self.reading, self.num_items, self.slate_size
-        what = "combinations of choices" if self.actions.joint and k == 1 else "items"
-        lines = [f"{self.id}: {n} {what}, slates of {k}, {read.size} numbers in its observation"]
+        what = "combinations of choices" if self.actions.joint and k == 1 else "actions"
+        of_items = f" of {self.item_vectors.shape[1]} features" if self.trace.size else ""
+        slates = f", slates of {k}" if k > 1 else ""
+        lines = [f"{self.id}: {n} {what}{of_items}{slates}, observations of {read.size} numbers"]
+        if self.capped:
+            lines.append(
+                f"{self.id} registers no limit of its own: episodes are cut after {self.capped} "
+                "steps (env.max_steps)"
+            )
         if read.shown is not None:
             said = "the reward" if read.feedback is None else read.feedback.name
             lines.append(f"{self.id}: shown is read from {read.shown.name}, feedback from {said}")
-        trial = make_envs(self.id, 1, None, self.kwargs)[0]
+        trial = make_envs(self.id, 1, None, self.kwargs)[0][0]
         if not repeats(trial, self.actions.native(np.arange(k)[None])[0]):
             lines.append(
                 f"{self.id} does not repeat an episode from its seed: it draws from a generator "
@@ -252,7 +260,8 @@ class GymVectorEnv:
             self.steps = self.steps.copy()
             self.steps[rows] += 1
             reward[rows], terminated[rows] = gained, left
-            truncated[rows] = np.array(cut) & ~terminated[rows]
+            late = (self.steps[rows] >= self.capped) & (self.capped > 0)  # (R,)
+            truncated[rows] = (np.array(cut) | late) & ~terminated[rows]
             shown, feedback = self.reading.slates(observations, self._namer(rows))
             items, slots, took = outcome(slate, shown, feedback, np.array(gained))
             everywhere[rows], slot_reward[rows], chosen[rows] = items, slots, took
@@ -275,13 +284,8 @@ class GymVectorEnv:
             "response": Taken({"taken": result}),
             "mask": self._mask(),
         }
-        return (
-            self.view,
-            self._out(reward),
-            self._out(terminated),
-            self._out(truncated),
-            info,
-        )
+        ends = self._out(terminated), self._out(truncated)
+        return self.view, self._out(reward), *ends, info
 
     def _answer(self, row: int, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """What one environment makes of one action, refused if it is not what step() promises."""

@@ -32,6 +32,11 @@ class Checkpoint:
         """What NAME.pt holds."""
         return torch.load(self.folder / f"{name}.pt", weights_only=True, map_location=device)
 
+    @property
+    def name(self) -> str:
+        """The agent's name in conf/agent."""
+        return str(self.meta["config"].get("agent_name"))
+
     def has(self, name: str) -> bool:
         return f"{name}.pt" in self.meta["files"]
 
@@ -143,6 +148,6 @@ def fit(saved: Checkpoint, agent: Agent, catalog: str) -> None:
         )
     if saved.meta["agent_kind"] != type(agent).__name__:
         raise ValueError(
-            f"the checkpoint {saved.folder} is of a {saved.meta['agent_kind']}, the agent asked "
-            f"for is a {type(agent).__name__}: choose the agent that was trained"
+            f"the checkpoint {saved.folder} is of {saved.name} ({saved.meta['agent_kind']}), the "
+            f"agent asked for is a {type(agent).__name__}: choose agent={saved.name}"
         )

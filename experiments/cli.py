@@ -12,12 +12,17 @@ import yaml
 
 HYDRA_HINT = ", set env var HYDRA_FULL_ERROR=1 to see chained exception"
 CONF = Path(__file__).resolve().parent / "conf"
+WRONG_KIND = ": is a setting a word or a fraction where a whole number is meant?"
 WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--package",
               "-p", "--cfg", "-c", "--experimental-rerun")  # fmt: skip
 
 
-def check(script: str, doc: str, argv: list[str], conf: Path = CONF) -> None:
-    """Answer --help, and refuse options and keys that no yaml has, naming the nearest that is."""
+def check(script: str, doc: str, argv: list[str], conf: Path = CONF) -> list[str]:
+    """Answer --help, and refuse options and keys that no yaml has, naming the nearest that is.
+
+    Returns the words for Hydra, which wants --multirun before all keys, and a plus before those
+    inside what a yaml leaves open.
+    """
     sys.excepthook = quiet_interrupt
     flags, overrides = split(argv)
     folders = [conf, *(Path(f) for f in flags.get("--config-dir", []) + flags.get("-cd", []))]
@@ -43,8 +48,11 @@ def check(script: str, doc: str, argv: list[str], conf: Path = CONF) -> None:
                 check_option(folders, key.lstrip("+~"), name)
                 chosen[key.lstrip("+~")] = name
     configs = {group: load(folders, f"{group}/{name}") for group, name in chosen.items() if name}
-    for override in overrides:
-        check_key(override.partition("=")[0], root, configs, folders)
+    opened = {
+        word for word in overrides if check_key(word.partition("=")[0], root, configs, folders)
+    }
+    words = [f"++{word.lstrip('+')}" if word in opened else word for word in argv]
+    return sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # stable
 
 
 def split(argv: list[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -74,6 +82,12 @@ def load(folders: list[Path], name: str) -> dict[str, Any]:
     return {}
 
 
+def from_a_log(folders: list[Path], name: str) -> bool:
+    """Whether a yaml says in its first line that its agent learns from logs only."""
+    paths = [path for folder in folders if (path := folder / f"{name}.yaml").is_file()]
+    return paths[0].read_text().startswith("# Learns from a log")
+
+
 def options(folders: list[Path], group: str) -> list[str]:
     """Names a group can take, plug-in folders included."""
     return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
@@ -87,23 +101,27 @@ def check_option(folders: list[Path], group: str, name: str) -> None:
              f"there are: {', '.join(known) or 'none'}")  # fmt: skip
 
 
-def check_key(key: str, root: dict[str, Any], configs: dict[str, Any], folders: list[Path]) -> None:
-    """Refuse a key that neither the root yaml nor the chosen group's yaml has."""
+def check_key(key: str, root: dict[str, Any], configs: dict[str, Any], folders: list[Path]) -> bool:
+    """Refuse a key that neither the root yaml nor the chosen group's yaml has.
+
+    Returns whether it stands inside what the yaml leaves open, as env.kwargs is.
+    """
     added, name = key.startswith("+"), key.lstrip("+~")
     top, _, below = name.partition(".")
     if top == "hydra" or name.startswith("hydra/") or "@" in name or options(folders, name):
-        return
+        return False
     if top not in root and top not in configs:
         tops = [*configs, *root]
         fail(f"{key}: there is no such key{advise(top, tops)}; there are: {', '.join(tops)}")
     # a constructor may know keys its yaml leaves out: +agent.key=1 is for them, and it checks them
     if not below or added or not configs.get(top) or "defaults" in configs[top]:
-        return
+        return False
     known = {k: v for k, v in keys(configs[top]).items() if not k.endswith("_target_")}
-    inside = any(below.startswith(f"{k}.") for k, value in known.items() if not value)
+    inside = any(below.startswith(f"{k}.") for k, value in known.items() if value in ({}, None))
     if below not in known and not inside:  # inside what the yaml leaves open, anything may stand
         there = ", ".join(known) or "none"
         fail(f"{key}: there is no such key{advise(below, [*known])}; {top} has: {there}")
+    return inside
 
 
 def keys(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -131,8 +149,12 @@ def usage(script: str, doc: str, folders: list[Path], groups: dict[str, str]) ->
         body += [f"  {line}"] if inside and line.strip() else []
     lines = [doc.strip(), "", f"usage: python experiments/{script}.py [key=value ...]"]
     lines += [""] * bool(groups)
-    lines += [f"  {g}={' | '.join(options(folders, g))}   (default {name})"
-              for g, name in groups.items()]  # fmt: skip
+    for group, default in groups.items():
+        names = options(folders, group)
+        marked = [f"{name}*" if from_a_log(folders, f"{group}/{name}") else name for name in names]
+        lines.append(f"  {group}={' | '.join(marked)}   (default {default})")
+        if marked != names:
+            lines.append("  * learns from a log, with experiments/train_offline.py")
     lines += ["", "keys and their defaults:", *body]
     if groups:
         lines += [
@@ -175,7 +197,8 @@ def plain_errors() -> Iterator[None]:
         if isinstance(cause, TypeError) and cause is error:
             raise  # a fault of ours, not of what was typed
         place = str(error).partition("full_key: ")[2]
-        fail(f"{cause}{f' ({place})' if place else ''}")
+        kind = WRONG_KIND if isinstance(cause, TypeError) else ""
+        fail(f"{cause}{kind}{f' ({place})' if place else ''}")
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted. {interrupt}", file=sys.stderr)
         raise SystemExit(130) from None

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # flat packages, i
 from experiments import cli
 
 if __name__ == "__main__":
-    cli.check("compare", __doc__, sys.argv[1:])  # before torch: help and typos answer at once
+    sys.argv[1:] = cli.check("compare", __doc__, sys.argv[1:])  # before torch: at once
 
 import time
 from concurrent.futures import ThreadPoolExecutor

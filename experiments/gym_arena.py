@@ -15,7 +15,7 @@ from experiments.policies import SESSIONS_SEED
 
 CURVE_EPISODES = 64  # of a point of eval/mean_reward
 OPTIONS = ("module", "item_features", "kwargs", "history", "past", "slate", "shown", "feedback",
-           "oracle", "max_actions")  # fmt: skip
+           "oracle", "max_actions", "max_steps")  # fmt: skip
 
 
 def gym_arena(cfg: DictConfig, device: str, steps: int) -> Arena:
@@ -51,10 +51,6 @@ def gym_arena(cfg: DictConfig, device: str, steps: int) -> Arena:
             played["oracle"] = play_asked(env, users, episodes)
         return rows_of(played)
 
-    features = f"{one.num_items} actions" + (
-        f", {one.item_vectors.shape[1]} features each" if cfg.env.get("item_features") else ""
-    )
-    slates = f", slates of {one.slate_size}" if one.slate_size > 1 else ""
     return Arena(
         spec=spec_of(one, cfg, device, steps),
         catalog=fingerprint(cfg.env.id, one.item_vectors),
@@ -63,7 +59,7 @@ def gym_arena(cfg: DictConfig, device: str, steps: int) -> Arena:
         judge=judge,
         baselines=tuple(dict.fromkeys([*(cfg.baselines or ()), "random"])),
         baseline="random",
-        notes=[f"{cfg.env.id}: {features}{slates}", *one.notes()],
+        notes=one.notes(),
     )
 
 

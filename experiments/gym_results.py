@@ -69,6 +69,13 @@ def mean_and_half(values: list[float]) -> tuple[float, float] | None:
     return float(np.mean(values)), half
 
 
+def told(value: tuple[float, float] | None) -> str:
+    """A mean with half its interval, which one seed does not have."""
+    if value is None:
+        return "-"
+    return f"{value[0]:.1f}" + (f" ± {value[1]:.1f}" if value[1] == value[1] else "")
+
+
 def lines(rows: list[dict[str, Any]]) -> list[str]:
     """The table as Markdown, best last policy first."""
     said = [
@@ -76,7 +83,7 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for r in sorted(rows, key=lambda r: (r["env"], -r["last"][0])):
-        cells = [f"{v[0]:.1f} ± {v[1]:.1f}" if v else "-" for v in (r["last"], r["best"])]
+        cells = [told(value) for value in (r["last"], r["best"])]
         each = ", ".join(f"{value:.1f}" for value in r["runs"])
         said.append(
             f"| {r['env']} | {r['agent']} | {r['steps']} | {r['seeds']} | {cells[0]} | {cells[1]} "

@@ -187,6 +187,7 @@ def lines(rows: list[dict[str, Any]], baseline: str = "popularity") -> list[str]
     """The table as aligned text."""
     head = ["policy", "mean reward", "95 % interval", f"to {baseline}", "95 % interval", "length",
             "coverage", "replay"]  # fmt: skip
+    replay = any(r["replay_value"] is not None for r in rows)  # else a column of dashes
     cells = [head]
     for r in rows:
         replayed = "-" if r["replay_value"] is None else f"{r['replay_value']:.3f}"
@@ -196,6 +197,8 @@ def lines(rows: list[dict[str, Any]], baseline: str = "popularity") -> list[str]
             f"{r['diff_ci_low']:+.4f} to {r['diff_ci_high']:+.4f}",
             f"{r['session_length']:.2f}", f"{r['coverage']:.3f}", replayed,
         ])  # fmt: skip
+    cells = [row if replay else row[:-1] for row in cells]
+    head = cells[0]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     padded = [[c.rjust(w) for c, w in zip(row, widths, strict=True)] for row in cells]
     return ["  ".join([row[0].strip().ljust(widths[0]), *row[1:]]) for row in padded]

@@ -42,6 +42,11 @@ class Worlds:
 
 def prepare(cfg: DictConfig, device: str) -> Worlds:
     """Make the users of `cfg.env`."""
+    if "id" in cfg.env:
+        raise ValueError(
+            "env=gym is an environment without a log or a simulator: train_agent.py trains and "
+            "judges there, and python experiments/gym_results.py RUNS_FOLDER compares its runs"
+        )
     if "simulator" not in cfg.env:
         raise ValueError(
             f"env={cfg.env_name} names no simulator: its yaml needs simulator: {{_target_: ...}}, "

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # flat packages, i
 from experiments import cli
 
 if __name__ == "__main__":
-    cli.check("rank_baselines", __doc__, sys.argv[1:])  # before torch: help answers at once
+    sys.argv[1:] = cli.check("rank_baselines", __doc__, sys.argv[1:])  # before torch: at once
 
 from typing import Any
 

@@ -25,7 +25,8 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         home = ROOT if os.access(ROOT, os.W_OK) else Path.cwd()
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        os.environ.setdefault(SWEEP, str(home / "runs" / f"sweep-{stamp}"))
+        given = config.get("run_dir")  # of all runs together: each gets a folder in it
+        os.environ.setdefault(SWEEP, str(given or home / "runs" / f"sweep-{stamp}"))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         place = Path(os.environ.pop(SWEEP))

@@ -1,6 +1,7 @@
 """Train an agent against users fitted to a log, and compare it with what it has to beat.
 
 python experiments/train_agent.py env=ecommerce agent=dqn
+python experiments/train_agent.py env=gym env.id=CartPole-v1 agent=ppo
 """
 
 import shutil
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # flat packages, i
 from experiments import cli
 
 if __name__ == "__main__":
-    cli.check("train_agent", __doc__, sys.argv[1:])  # before torch: help and typos answer at once
+    sys.argv[1:] = cli.check("train_agent", __doc__, sys.argv[1:])  # before torch: at once
 
 from typing import Any
 
@@ -45,7 +46,7 @@ def main(cfg: DictConfig) -> None:
     """Prepare users, train an agent on some, judge it on others, and say where everything is."""
     with cli.plain_errors():
         device, steps = checked(cfg)
-        cfg.run_dir = cfg.run_dir or sweep_folder(cfg)
+        cfg.run_dir = sweep_folder(cfg) or cfg.run_dir
         before = interrupted_run(cfg) if cfg.resume else None
         seconds: dict[str, float] = {}
         with stage("prepare", seconds):
@@ -67,7 +68,7 @@ def main(cfg: DictConfig) -> None:
             flush=True,
         )
         with stage("train", seconds):
-            best = train(cfg, world, agent, folder, steps, saved)
+            trained, best = train(cfg, world, agent, folder, steps, saved)
         with stage("evaluate", seconds):
             rows = world.judge({**agents, cfg.agent_name: agent})
         with stage("log", seconds):
@@ -75,6 +76,7 @@ def main(cfg: DictConfig) -> None:
 
         result = {
             "env": cfg.env_name, "agent": cfg.agent_name, "seed": cfg.seed, "steps": steps,
+            "trained": trained,
             "table": rows, "seconds": {**world.seconds, **seconds}, "fidelity": world.fidelity,
             "best_eval": best,
         }  # fmt: skip
@@ -92,8 +94,8 @@ def train(
     folder: Path,
     steps: int,
     saved: Checkpoint | None = None,
-) -> dict[str, Any]:
-    """Let the agent serve users and learn from them; the best evaluation on the way."""
+) -> tuple[int, dict[str, Any]]:
+    """Let the agent serve users and learn from them; the steps made, the best evaluation."""
     env = world.env()
     watch = Watch(cfg, world, agent, folder, steps, env.num_envs)
     if saved is not None:
@@ -120,8 +122,18 @@ def train(
         )
     if cfg.early_stopping and watch.best_step:
         load_checkpoint(watch.keep_best(), agent, world.catalog, world.spec.device)
-        print(f"the best agent on the held-out simulator was that of step {watch.best_step}")
-    return {"value": watch.best, "step": watch.best_step} if watch.best_step else {}
+        ended = f"after {watch.step} of {steps} steps" if watch.step < steps else "at its end"
+        print(
+            f"training stopped {ended}; the best agent on the held-out simulator, that of step "
+            f"{watch.best_step}, is judged"
+        )
+    if hasattr(agent, "experience") and not watch.learnt:
+        print(
+            f"warning: {cfg.agent_name} has not learnt once in {watch.step} steps and is judged as "
+            f"it began: give it more steps=, or fewer users at once (num_envs={env.num_envs})"
+        )
+    best = {"value": watch.best, "step": watch.best_step} if watch.best_step else {}
+    return watch.step, best
 
 
 def loop(agent: Agent, env: Any, watch: Watch, world: Arena, saved: Checkpoint | None) -> None:

@@ -13,7 +13,7 @@ from experiments import cli
 if __name__ == "__main__":
     if any(word.startswith("log=") for word in sys.argv):  # of evaluate_policies.py, a group there
         cli.fail("log=...: here the key is logs=training, decisions, both or the folder of a log")
-    cli.check("train_offline", __doc__, sys.argv[1:])  # before torch: help and typos answer at once
+    sys.argv[1:] = cli.check("train_offline", __doc__, sys.argv[1:])  # before torch: at once
 
 import shlex
 from dataclasses import asdict, replace

@@ -32,6 +32,7 @@ class Watch:
         self.best, self.best_step, self.worse = float("-inf"), 0, 0  # of eval/mean_reward
         self.asked, self.stopped = False, False  # by Ctrl-C; and the checkpoint is written
         self.written = -1  # env steps of the newest checkpoint
+        self.learnt = False  # whether there has been an update
 
     def open(self, saved: Checkpoint | None) -> None:
         """Open curves and log, where a saved run left them."""
@@ -41,6 +42,7 @@ class Watch:
             every=cfg.log_every, device=spec.device, purge=saved.step + 1 if saved else None,
         )  # fmt: skip
         before = saved.part("watch", spec.device) if saved else None
+        self.learnt = saved is not None  # a run that goes on said what there was to say
         if before:
             self.curves.load_state_dict(before["curves"])
             self.best, self.best_step, self.worse = before["best"]
@@ -76,6 +78,7 @@ class Watch:
         """Count a step of B users; write points and evaluate where it is time."""
         assert self.curves is not None
         self.curves.add(transition, learnt)
+        self.learnt |= bool(learnt)
         self.bar.update(min(self.num_envs, self.steps - self.bar.n))
         over = self.step >= self.steps and not self.curves.written  # a short run has one point
         if self.curves.due or over:

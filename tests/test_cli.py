@@ -24,6 +24,7 @@ def conf(tmp_path: Path) -> Path:
         "env/cinema.yaml": "seats: 3\n",
         "agent/dqn.yaml": "_target_: agents.DQN\ngamma: 0.9\nnet: {width: 8}\n",
         "agent/random.yaml": "_target_: agents.Random\n",
+        "agent/logged.yaml": "# Learns from a log: offline\n_target_: agents.Logged\n",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -46,7 +47,7 @@ def refusal(argv: list[str], conf: Path, capsys: pytest.CaptureFixture[str]) -> 
             ["env=shopp"],
             "error: env=shopp: there is no such env, did you mean 'shop'?; there are: c",
         ),
-        (["agent=dnq"], "did you mean 'dqn'?; there are: dqn, random"),
+        (["agent=dnq"], "did you mean 'dqn'?; there are: dqn, logged, random"),
         (["agent=dqn,rando", "-m"], "agent=rando: there is no such agent, did you mean 'random'?"),
         (["stepz=5"], "stepz: there is no such key, did you mean 'steps'?"),
         (["+stepps=5"], "+stepps: there is no such key, did you mean 'steps'?"),
@@ -87,6 +88,12 @@ def test_what_is_right_passes(argv: list[str], conf: Path) -> None:
     cli.check("train", "Train.", argv, conf)
 
 
+def test_hydra_gets_the_words_as_it_wants_them(conf: Path) -> None:
+    words = ["env.data.path=x", "seed=1,2", "-m", "+env.data.more=1", "+agent.lr=1"]
+    given = cli.check("train", "Train.", words, conf)
+    assert given == ["-m", "++env.data.path=x", "seed=1,2", "+env.data.more=1", "+agent.lr=1"]
+
+
 def test_a_broken_yaml_is_named(conf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (conf / "agent/dqn.yaml").write_text("a: [1\n")
     assert "dqn.yaml is no valid yaml" in refusal([], conf, capsys)
@@ -117,7 +124,8 @@ def test_help_lists_options_keys_and_defaults(
     said = capsys.readouterr().out
     assert stop.value.code == 0
     assert said.startswith("Train an agent.")
-    assert "agent=dqn | random   (default dqn)" in said
+    assert "agent=dqn | logged* | random   (default dqn)" in said
+    assert "* learns from a log" in said
     assert "steps: 100  # of training" in said
     assert "hydra" not in said
 

@@ -182,8 +182,9 @@ def test_settings_that_make_no_sense_are_refused(changed, said) -> None:
 def test_a_multirun_ends_with_one_report_of_its_runs(tmp_path) -> None:
     done = run("train_agent.py", "-m", "env=tiny", "agent=dqn,popularity", "steps=300",
                "eval_every=150", "eval_users=20", "evaluators=1", "frozen_users=60",
-               "progress=false", RECPLAY_SWEEP=str(tmp_path))  # fmt: skip
+               "progress=false", f"run_dir={tmp_path}")  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "tiny").glob("*-?")) == ["dqn-0", "popularity-1"]
     assert f"report: {tmp_path}/tiny/report.html" in done.stdout
     found = json.loads((tmp_path / "tiny" / "comparison.json").read_text())
     assert found["learners"] == ["dqn"]  # popularity was in the sweep and does not learn

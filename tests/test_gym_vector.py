@@ -81,6 +81,22 @@ def test_a_step_limit_is_truncated_and_an_end_at_the_limit_is_not():
     assert (length > 3).any()
 
 
+def test_an_episode_that_nothing_ends_is_cut(monkeypatch):
+    monkeypatch.setattr("envs.gym_make.ENDLESS", 4)
+    nvec = {"nvec": [2, 2]}
+    for steps, told in ((None, True), (3, False)):
+        env = make("Combo", num_envs=2, kwargs=nvec, max_steps=steps)
+        env.reset()
+        for t in range(1, 5 if told else 4):
+            *_, terminated, truncated, _ = env.step(torch.zeros(2, env.slate_size).long())
+            assert not terminated.any()
+            assert truncated.tolist() == [t == (steps or 4)] * 2
+        assert any("cut after 4 steps" in line for line in env.notes()) == told
+    assert not any("cut after" in line for line in make("Short").notes())
+    with pytest.raises(ValueError, match="max_steps must be at least 1, got 0"):
+        make("Combo", kwargs=nvec, max_steps=0)
+
+
 def test_an_episode_is_a_function_of_seed_user_and_episode_whatever_the_batch():
     users, episodes = torch.tensor([5, 0, 9, 5, 2]), torch.tensor([0, 1, 0, 7, 0])
     for build in (lambda n: make("Walk", num_envs=n, seed=4), lambda n: shop(num_envs=n, seed=4)):
@@ -346,6 +362,8 @@ def test_a_reset_without_info_is_refused():
 def test_what_cannot_be_made_says_what_to_do():
     with pytest.raises(ValueError, match=r"env.module=PACKAGE"):
         GymVectorEnv("nobody/Knows-v0")
+    with pytest.raises(ValueError, match=r"v3.* use `Taxi-v4` instead$"):  # no package to name
+        GymVectorEnv("Taxi-v3")
     with pytest.raises(ValueError, match="Did you mean: `CartPole`"):
         GymVectorEnv("CartPol-v1")
     with pytest.raises(ValueError, match=r"env.module=no_such_package cannot be imported"):

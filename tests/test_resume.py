@@ -346,7 +346,21 @@ def test_training_ends_early_and_keeps_the_best(tmp_path: Path, capsys: Any) -> 
     assert done["best_eval"]["step"] == best.step == max(points, key=lambda step: points[step])
     assert saved.step < 100_000
     assert list(points)[-3] == best.step  # two more, neither better
-    assert f"that of step {best.step}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"stopped after {saved.step} of 100000 steps" in said
+    assert f"that of step {best.step}, is judged" in said
+    assert done["trained"] == saved.step
+    assert "has not learnt" not in said  # nor is it meant to
+
+
+def test_an_agent_that_was_given_too_few_steps_to_learn_is_told_of(
+    tmp_path: Path, capsys: Any
+) -> None:
+    words = ["agent=ppo", "frozen_users=0", "eval_every=0", "num_envs=32"]
+    command(tmp_path / "few", *words, "steps=96")
+    assert "ppo has not learnt once in 96 steps" in capsys.readouterr().out
+    command(tmp_path / "more", *words, "steps=576")
+    assert "has not learnt" not in capsys.readouterr().out
 
 
 def test_early_stopping_needs_a_simulator_that_does_not_judge(tmp_path: Path, capsys: Any) -> None:
