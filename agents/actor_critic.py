@@ -192,13 +192,13 @@ class ActorCritic:
         gain = (clipped_gain(ratio, credit, self.clip) * real).sum() / shown
         spread = entropy(logp).mean()
         loss = -gain - self.entropy_weight * spread
+        check_loss(loss, self.updates, {"seen": seen, "old": old, "credit": credit})
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.grad_clip)
         self.optimizer.step()
 
         self.updates += 1
-        check_loss(loss, self.updates, {"seen": seen, "old": old, "credit": credit})
         with torch.no_grad():
             reach = 0.0 if self.clip is None else self.clip
             clipped = ((ratio - 1.0).abs() > reach) & real  # (n, K)

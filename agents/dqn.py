@@ -236,6 +236,7 @@ class DQN:
         else:
             each = quantile_huber(q, target, self.kappa)  # (B, K)
         loss = shown_mean(each * weight[:, None], real)
+        check_loss(loss, self.updates, sample)
         set_lr(self.optimizer, self._lr())
         self.optimizer.zero_grad()
         loss.backward()
@@ -247,7 +248,6 @@ class DQN:
             pairs = zip(self.target.parameters(), self.net.parameters(), strict=True)
             for slow, fast in pairs:
                 slow.lerp_(fast, self.tau)
-        check_loss(loss, self.updates, sample)
         q, target = self._mean(q.detach()), self._mean(target)  # (B, K)
         error = (q - target).abs()  # (B, K)
         if self.priorities is not None:

@@ -267,11 +267,11 @@ class NeuralLinear:
         z = self.net(batch["state"], self.table[batch["item"]], batch["traces"])
         wanted = (batch["reward"] - self.post["level"].float()) / self.post["spread"].float()
         loss = (self.net.last(z).squeeze(1) - wanted).square().mean()
+        check_loss(loss, self.updates, batch)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 10.0)
         self.optimizer.step()
-        check_loss(loss, self.updates, batch)
         return loss.detach()
 
     @torch.no_grad()

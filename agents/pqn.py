@@ -165,6 +165,7 @@ class PQN:
         slate, real = batch.decision.slate, batch.decision.slate != EMPTY  # (n, K)
         q = self.net.values_of(self.net.read(batch.obs), slate)  # (n, K)
         loss = shown_mean(F.smooth_l1_loss(q, target, reduction="none"), real)
+        check_loss(loss, self.updates, {"transition": batch, "target": target})
         set_lr(self.optimizer, self._lr())
         self.optimizer.zero_grad()
         loss.backward()
@@ -172,7 +173,6 @@ class PQN:
         self.optimizer.step()
 
         self.updates += 1
-        check_loss(loss, self.updates, {"transition": batch, "target": target})
         return {
             "train/loss": loss.detach(),
             "train/q_mean": shown_mean(q.detach(), real),

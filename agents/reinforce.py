@@ -270,6 +270,7 @@ class Reinforce:
         shown = real.sum().clamp(min=1)
         gain = (score_function(logp, credit, weight) * real).sum() / shown
         loss = loss - gain
+        check_loss(loss, self.updates, {"seen": seen, "slate": slate, "credit": credit})
         set_lr(self.optimizer, self._lr())
         set_lr(self.critic.optimizer, self._lr())
         self.optimizer.zero_grad()
@@ -278,7 +279,6 @@ class Reinforce:
         self.optimizer.step()
 
         self.updates += 1
-        check_loss(loss, self.updates, {"seen": seen, "slate": slate, "credit": credit})
         return {
             "train/loss": loss.detach(),
             "train/policy_gradient_loss": -gain.detach(),

@@ -176,7 +176,6 @@ class SACDiscrete:
                 pairs = zip(target_net.parameters(), twin.parameters(), strict=True)
                 for slow, fast in pairs:
                     slow.lerp_(fast, self.tau)
-        check_loss(critic_loss + actor_loss, self.updates, sample)
         return {
             "train/loss": critic_loss + actor_loss,
             "train/critic_loss": critic_loss,
@@ -201,6 +200,7 @@ class SACDiscrete:
         seen = self.net.read(batch.obs)
         guesses = [twin.values_of(seen, slate) for twin in self.twins]  # (n, K) each
         loss = huber(guesses[0], target, real) + huber(guesses[1], target, real)
+        check_loss(loss, self.updates, sample)
         self.twin_optimizer.zero_grad()
         loss.backward()
         for twin in self.twins:
@@ -218,6 +218,7 @@ class SACDiscrete:
         logits = self.net.values(seen).masked_fill(~allowed, -torch.inf)
         logp = slot_policies(logits, self._draw(logits.detach()))  # (n, K, N)
         loss = -soft_value(q[:, None, :], logp, self.log_alpha.detach().exp()).mean()
+        check_loss(loss, self.updates, batch)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.net.parameters(), self.grad_clip)

@@ -242,6 +242,7 @@ class SlateQ:
             choice_loss = independent_loss(v, self.net.attention, taken, real)
         else:
             choice_loss = logit_loss(v, taken, real)
+        check_loss(loss + choice_loss, self.updates, sample)
         self.optimizer.zero_grad()
         (loss + choice_loss).backward()
         # the two losses share no weight: one must not shorten the steps of the other
@@ -253,7 +254,6 @@ class SlateQ:
         with torch.no_grad():
             for slow, fast in zip(self.target.parameters(), self.net.parameters(), strict=True):
                 slow.lerp_(fast, self.tau)
-        check_loss(loss + choice_loss, self.updates, sample)
         return {
             "train/loss": loss.detach(),
             "train/choice_loss": choice_loss.detach(),
