@@ -20,7 +20,8 @@ from experiments.prepare import JUDGES, ReplayTrips, Worlds
 from experiments.run_folder import stage
 from simulators.base import Catalog, SimSpec, UserSimulator
 from simulators.fidelity import fidelity, lines
-from simulators.fitted import FittedSimulator, moment
+from simulators.fit import moment
+from simulators.fitted import FittedSimulator
 from simulators.trips import Trips, trips_from_logs
 from sources.cache import cached
 from sources.logs import Logs

@@ -10,7 +10,7 @@ from scipy.sparse import csr_matrix
 from encoders.items import interactions
 from encoders.state import EMPTY, PAST
 from simulators.fidelity import calibration, cosine, fidelity, lines, ranking
-from simulators.fitted import moment
+from simulators.fit import moment
 from simulators.trips import Trips, trips_from_logs
 
 CHANCE = torch.arange(1, 11) / 40  # of 10 items, far enough apart to be deciles of their own

@@ -1,33 +1,19 @@
-"""Fitted users keep the contract, every assumption has an off switch, a fit is found again."""
+"""Fitted users keep the contract, and every assumption about them has an off switch."""
 
 from dataclasses import fields, replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from synthetic import after_cut_replaced
+from fitted_users import at, same_tensors
 
 import simulators.fitted
 from encoders.state import EMPTY
 from envs import RecommendVectorEnv
-from simulators.base import SimSpec
 from simulators.draws import Draws
-from simulators.fitted import (
-    BASKET,
-    STARTS,
-    FittedSimulator,
-    fill,
-    item_facts,
-    moment,
-    starting_points,
-    usual_gap,
-)
+from simulators.fitted import BASKET, FittedSimulator, fill
 from simulators.testing import check_simulator
-from simulators.trips import trips_from_logs
-from sources.logs import Logs
 
-QUICK = {"window": 100.0, "epochs": 1, "hidden": 8}
 MANY = torch.arange(400)
 
 
@@ -41,11 +27,6 @@ def with_knobs(shelf, fitted):
     return make
 
 
-def at(rows, step=0, episode=0):
-    same = torch.full_like(rows, 1)
-    return Draws.root(0).at(rows, same * episode, same * step)
-
-
 def answer(sim, slate, rows=MANY, step=0):
     draws = at(rows, step)
     return sim.respond(sim.start(rows, draws), slate, draws)
@@ -53,10 +34,6 @@ def answer(sim, slate, rows=MANY, step=0):
 
 def best(sim, rows=MANY, k=5):
     return sim.relevance(sim.start(rows, at(rows))).topk(k, dim=1).indices
-
-
-def same_tensors(one, other):
-    return all(torch.equal(one[k], other[k]) for k in one) and one.keys() == other.keys()
 
 
 @pytest.mark.parametrize(
@@ -259,144 +236,3 @@ def test_users_of_another_log_and_models_of_another_catalogue_are_refused(shelf,
     short = replace(shelf, ids=shelf.ids[:5])
     with pytest.raises(ValueError, match="prices 60 items, the catalogue has 5"):
         FittedSimulator(short, *parts, fitted.users)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"window": 0.0}, {"window": float("nan")}, {"epochs": 0}, {"hidden": 0}]
-)
-def test_a_fit_of_nothing_is_refused(shop, shelf, wrong):
-    with pytest.raises(ValueError, match="window must be above 0"):
-        FittedSimulator.fit(SimSpec(shop, shelf), **wrong)
-
-
-def test_a_fit_needs_a_log(shelf):
-    with pytest.raises(ValueError, match="needs logs and a catalogue"):
-        FittedSimulator.fit(SimSpec(None, shelf))
-
-
-def test_too_short_a_log_says_how_much_is_needed(shop, shelf):
-    ten = replace(shop, events=shop.events.iloc[:10].reset_index(drop=True))
-    with pytest.raises(ValueError, match=r"too few to fit users to \(100 of each.*longer log"):
-        FittedSimulator.fit(SimSpec(ten, shelf))
-    with pytest.raises(ValueError, match=r"before the window of 9000 days.*smaller window"):
-        FittedSimulator.fit(SimSpec(shop, shelf), **QUICK | {"window": 9000.0})
-
-
-def test_users_with_one_event_are_served_with_an_empty_past(shop, shelf):
-    early = shop.events["time"].iloc[-1] - pd.Timedelta(days=75)
-    once = shop.events["user"].isin(range(20))
-    last = shop.events[once & (shop.events["time"] < early)].drop_duplicates("user", keep="last")
-    events = pd.concat([shop.events[~once], last])
-    logs = Logs.create(events, shop.items, shop.users, roles=shop.roles)
-    sim = FittedSimulator.fit(SimSpec(logs, shelf), **QUICK)
-    newcomers = torch.from_numpy(np.isin(sim.users.ids, range(20)))
-    assert newcomers.any()
-    assert sim.users.past[newcomers].eq(EMPTY).all()
-    state = sim.start(newcomers.nonzero()[:, 0], at(newcomers.nonzero()[:, 0]))
-    assert sim.relevance(state).isfinite().all()
-
-
-@pytest.fixture(scope="module")
-def quick(shop, shelf):
-    return FittedSimulator.fit(SimSpec(shop, shelf), **QUICK)
-
-
-def test_a_fit_is_found_again_whatever_the_knobs(shop, shelf, quick, monkeypatch):
-    monkeypatch.setattr(simulators.fitted, "fit_model", None)  # would fail if it were asked
-    again = FittedSimulator.fit(SimSpec(shop, shelf), **QUICK, patience=0.3)
-    assert same_tensors(again.preference.state_dict(), quick.preference.state_dict())
-    assert again.fit_key == quick.fit_key
-    for other in ({"epochs": 3}, {"window": 90.0}):
-        with pytest.raises(TypeError):
-            FittedSimulator.fit(SimSpec(shop, shelf), **QUICK | other)
-
-
-def test_a_broken_fit_is_made_again_with_a_line(shop, shelf, quick, monkeypatch, tmp_path, capsys):
-    monkeypatch.setenv("RECPLAY_CACHE", str(tmp_path))
-    FittedSimulator.fit(SimSpec(shop, shelf), **QUICK)
-    (entry,) = tmp_path.glob("fit*")
-    entry.write_bytes(entry.read_bytes()[:1000])
-    again = FittedSimulator.fit(SimSpec(shop, shelf), **QUICK)
-    assert same_tensors(again.preference.state_dict(), quick.preference.state_dict())
-    assert "cache of the fitted users is not readable" in capsys.readouterr().err
-
-
-def test_a_bootstrap_sample_with_another_seed_is_another_model(shop, shelf, quick):
-    samples = [
-        FittedSimulator.fit(SimSpec(shop, shelf, seed=s, bootstrap=True), **QUICK) for s in (7, 8)
-    ]
-    rates = [s.preference.log_rate for s in (quick, *samples)]
-    assert not torch.equal(rates[0], rates[1])
-    assert not torch.equal(rates[1], rates[2])
-    sold = [float(rate.exp().sum()) for rate in rates]
-    assert sold[1:] == pytest.approx(sold[:1] * 2, rel=0.1)  # of the same shop
-
-
-def test_shuffling_everything_after_the_cut_changes_no_bit_of_the_fit(
-    shop, shelf, quick, monkeypatch
-):
-    shuffled = after_cut_replaced(shop, moment(shelf.as_of))
-    assert not shuffled.events.equals(shop.events)
-    monkeypatch.setattr(simulators.fitted, "cached", lambda key, make, *_, **__: make())
-    again = FittedSimulator.fit(SimSpec(shuffled, shelf), **QUICK)
-    assert same_tensors(again.preference.state_dict(), quick.preference.state_dict())
-    assert torch.equal(again.habits.stop, quick.habits.stop)
-    assert again.habits.satiation == quick.habits.satiation
-    for f in fields(again.users):
-        a, b = getattr(again.users, f.name), getattr(quick.users, f.name)
-        assert np.array_equal(a, b), f.name
-
-
-def test_users_asked_for_are_the_users_served(shop, shelf, quick):
-    some = trips_from_logs(shop, shelf.ids, since=shelf.as_of)[np.arange(9)].users()
-    sim = FittedSimulator.fit(SimSpec(shop, shelf, users=some), **QUICK)
-    assert sim.users.ids.tolist() == some.ids.tolist()
-    assert sim.users.start.min() >= shelf.as_of > quick.users.start.max()
-
-
-def test_each_household_starts_from_a_few_of_its_trips(shop, shelf):
-    past = shop.before(moment(shelf.as_of))
-    trips = trips_from_logs(past, shelf.ids)
-    rows = starting_points(trips, np.random.default_rng(0))
-    _, trips_of = np.unique(trips.user, return_counts=True)
-    _, starts = np.unique(trips.user[rows], return_counts=True)
-    assert np.array_equal(starts, np.minimum(trips_of, STARTS))
-    assert len(set(rows)) == len(rows)
-    assert not np.array_equal(rows, starting_points(trips, np.random.default_rng(1)))
-
-
-def test_the_usual_gap_is_the_median_of_days_between_purchases_by_hand():
-    day = pd.to_timedelta([0, 4, 14, 0, 6], unit="D")
-    events = pd.DataFrame(
-        {
-            "user": [1, 1, 1, 2, 2],
-            "item": ["tea", "tea", "tea", "tea", "salt"],
-            "time": pd.Timestamp("2024-01-01") + day,
-            "behaviour": "buy",
-            "value": 1.0,
-        }
-    )
-    gap = usual_gap(Logs.create(events), np.array(["salt", "tea"])).exp()
-    assert gap.tolist() == pytest.approx([7.0, 7.0])  # salt was never bought twice: as the others
-
-
-def test_facts_weigh_households(shop, shelf):
-    """Households with weight 2 count as two, with weight 0 as none."""
-    past = shop.before(moment(shelf.as_of))
-    half = [u for u in past.users["user"] if u % 2]
-    weight = pd.Series(0, index=past.users["user"])
-    weight[half] = 1
-    rate = torch.zeros(60)
-    one = item_facts(past, shelf, rate, weight)
-    other = item_facts(past.only_users(half), shelf, rate, None)
-    torch.testing.assert_close(one.source @ one.target.T, other.source @ other.target.T)
-
-
-@pytest.mark.parametrize(
-    ("knob", "value"),
-    [("patience", 2.0), ("trips", 0), ("choice", "best"), ("drift", float("nan"))],
-)
-def test_a_wrong_assumption_is_refused_before_the_fit(shop, shelf, knob, value, monkeypatch):
-    monkeypatch.setattr("simulators.fitted.fit_model", lambda *_: pytest.fail("fitted first"))
-    with pytest.raises(ValueError, match=knob):
-        FittedSimulator.fit(SimSpec(shop, shelf, seed=99), **{knob: value})

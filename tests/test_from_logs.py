@@ -15,7 +15,8 @@ from encoders.state import EMPTY
 from experiments.from_logs import first_trips, from_logs, summary
 from experiments.prepare import JUDGES, prepare
 from simulators.base import SimSpec
-from simulators.fitted import Assumptions, FittedSimulator, moment
+from simulators.fit import moment
+from simulators.fitted import Assumptions, FittedSimulator
 from simulators.trips import Trips, trips_from_logs
 from sources.logs import Logs, Roles
 

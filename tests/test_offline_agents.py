@@ -1,6 +1,5 @@
-"""Agents that learn from logs: known answers, no item that nobody showed, resuming bit for bit."""
+"""Agents that learn from logs: known answers, and no item that nobody showed."""
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -8,62 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from offline_toys import SHRUNK, steps, taught, toy_obs, toy_spec
 
-from agents.base import AgentSpec, Decision, Transition
 from agents.bcq import BCQ, constrained, relative_chance
 from agents.behaviour_cloning import BehaviourCloning
 from agents.cql import CQL, conservative_loss
 from agents.iql import IQL, advantage_weight, expectile_loss
-from agents.offline import follow, mean_of_shown, shown_or_allowed, slate_nll
-from agents.testing import synthetic_observation, synthetic_spec, synthetic_steps
-from encoders.state import EMPTY, Observation
-
-ALL = (BehaviourCloning, BCQ, CQL, IQL)
-SHRUNK = {BehaviourCloning: {"shrink": 0.0}, CQL: {"shrink": 0.0},
-          BCQ: {"shrink": 0.0, "behaviour_shrink": 0.0},
-          IQL: {"shrink": 0.0, "policy_shrink": 0.0}}  # fmt: skip
-STATES = 4
-
-
-def toy_spec(items: int = 3, slate_size: int = 1) -> AgentSpec:
-    """States are one-hot profiles, items one-hot vectors."""
-    return AgentSpec(
-        num_items=items, slate_size=slate_size, item_vectors=torch.eye(items),
-        category=torch.zeros(items, dtype=torch.int64), popularity=torch.ones(items),
-        interactions=None, profile_size=STATES, past_size=1, history_size=1, feedback_size=1,
-        context_size=1,
-    )  # fmt: skip
-
-
-def toy_obs(state: torch.Tensor) -> Observation:
-    b, none = len(state), torch.full((len(state), 1), EMPTY)
-    return Observation(
-        profile=torch.nn.functional.one_hot(state, STATES).float(), past=none,
-        past_count=torch.zeros(b, 1), past_age=torch.zeros(b, 1), history=none,
-        feedback=torch.zeros(b, 1, 1), context=torch.zeros(b, 1),
-    )  # fmt: skip
-
-
-def steps(state: Any, slate: Any, reward: Any, later: Any = None, **changes: Any) -> Transition:
-    """Logged steps: states (B,), slates and slot rewards (B, K); the last ones without `later`."""
-    state, slate = torch.as_tensor(state), torch.as_tensor(slate)
-    reward = torch.as_tensor(reward, dtype=torch.float32)
-    given = {
-        "obs": toy_obs(state), "mask": None, "decision": Decision(slate, torch.ones(slate.shape)),
-        "reward": reward.sum(dim=1), "chosen": reward > 0, "slot_reward": reward,
-        "next_obs": toy_obs(state if later is None else torch.as_tensor(later)), "next_mask": None,
-        "terminated": torch.full(state.shape, later is None),
-        "truncated": torch.zeros(state.shape, dtype=torch.bool),
-    }  # fmt: skip
-    return Transition(**{**given, **changes})
-
-
-def taught(kind: Any, spec: AgentSpec, batch: Transition, updates: int, **knobs: Any) -> Any:
-    given = {"lr": 2e-2, "tau": 0.1, "width": 16, "memory": False, **SHRUNK[kind]}
-    agent = kind(spec, **(given | knobs))
-    for _ in range(updates):
-        agent.update(batch)
-    return agent
+from agents.offline import mean_of_shown, shown_or_allowed, slate_nll
+from encoders.state import EMPTY
 
 
 def by_hand(logits: torch.Tensor, allowed: torch.Tensor, slate: torch.Tensor) -> torch.Tensor:
@@ -292,124 +243,3 @@ def test_the_spread_of_returns_is_a_running_mean() -> None:
         agent.update(steps([0, 1], [[0], [1]], [[reward], [reward]]))
         squares.append(float(agent.square))
     assert squares == pytest.approx([9.0, 0.75 * 9.0], abs=0.5)
-
-
-def trained(agent: Any, updates: int, seed: int) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    for batch in synthetic_steps(agent, agent.spec, 32, updates, generator):
-        agent.update(batch)
-    return agent
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_training_resumes_bit_for_bit_in_an_agent_of_another_seed(kind: Any, tmp_path: Any) -> None:
-    spec = replace(synthetic_spec(), total_steps=40)
-    knobs = {"width": 16, "schedule": "cosine"}
-    straight = trained(trained(kind(spec, **knobs), 6, 0), 6, 5)
-    first = trained(kind(spec, **knobs), 6, 0)
-    torch.save(first.state_dict(), tmp_path / "state.pt")
-    second = kind(replace(spec, seed=7), **knobs)
-    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    trained(second, 6, 5)
-    obs = synthetic_observation(spec, 64, torch.Generator().manual_seed(9))
-    assert torch.equal(straight.scores(obs), second.scores(obs))
-    assert torch.equal(straight.act(obs, None).slate, second.act(obs, None).slate)
-    assert straight.updates == second.updates == 12
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_rows_are_independent_of_their_order(kind: Any) -> None:
-    batch = steps([0, 1, 2, 3], [[0], [1], [2], [0]], [[1.0], [0.0], [2.0], [0.5]], [1, 2, 3, 0])
-    order = torch.tensor([2, 0, 3, 1])
-    shuffled = steps(order, batch.decision.slate[order], batch.slot_reward[order],
-                     (order + 1) % 4)  # fmt: skip
-    spec = toy_spec()
-    one, other = (taught(kind, spec, b, 3) for b in (batch, shuffled))
-    obs = toy_obs(torch.arange(4))
-    one, other = (agent.scores(obs) for agent in (one, other))  # (4, 3)
-    if kind in (BehaviourCloning, IQL):  # a softmax does not know the level of its logits
-        one, other = one.softmax(dim=1), other.softmax(dim=1)
-    assert torch.allclose(one, other, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_empty_slots_teach_nothing(kind: Any) -> None:
-    spec = toy_spec(4, 2)
-    full = steps([0, 1], [[1, EMPTY], [2, EMPTY]], [[1.0, 0.0], [0.5, 0.0]])
-    loud = replace(full, slot_reward=full.slot_reward + torch.tensor([0.0, 9.0]))
-    obs = toy_obs(torch.arange(2))
-    one, other = (taught(kind, spec, b, 5).scores(obs) for b in (full, loud))
-    assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_every_update_is_one_step_and_the_mean_follows(kind: Any) -> None:
-    spec = toy_spec()
-    agent = kind(spec, width=16, lr=1e-2, tau=0.25)
-    slow, fast = {
-        BehaviourCloning: lambda: (agent.mean, agent.net), CQL: lambda: (agent.target, agent.net),
-        BCQ: lambda: (agent.q_mean, agent.q), IQL: lambda: (agent.policy_mean, agent.policy),
-    }[kind]()  # fmt: skip
-    before = copy.deepcopy(slow)
-    agent.update(steps([0, 1], [[0], [1]], [[1.0], [0.0]]))
-    assert agent.updates == 1
-    follow(before, fast, 0.25)
-    for mine, theirs in zip(before.parameters(), slow.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_the_learning_rate_goes_to_zero_with_the_last_update(kind: Any) -> None:
-    agent = kind(replace(toy_spec(), total_steps=4), width=8, lr=0.1, schedule="linear")
-    batch = steps([0, 1], [[0], [1]], [[1.0], [0.0]])
-    rates = [float(agent.update(batch)["train/learning_rate"]) for _ in range(5)]
-    assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025, 0.0])
-    with pytest.raises(ValueError, match="total_steps"):
-        kind(toy_spec(), schedule="cosine")
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_who_has_seen_everything_can_be_learnt_from(kind: Any) -> None:
-    everything = torch.tensor([[0, 1, 2]]).expand(2, 3)
-    batch = steps([0, 1], [[0], [1]], [[1.0], [0.0]], [1, 0], next_mask=everything)
-    logs = kind(toy_spec(), width=8).update(batch)
-    assert all(bool(value.isfinite()) for value in logs.values())
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_what_is_not_finite_is_refused_before_it_is_learnt_from(kind: Any) -> None:
-    agent = kind(toy_spec(), width=8)
-    assert agent.offline
-    batch = steps([0, 1], [[0], [1]], [[1.0], [torch.nan]])
-    with pytest.raises(ValueError, match="reward must be finite, row 1"):
-        agent.update(batch)
-    assert agent.updates == 0
-
-
-@pytest.mark.parametrize("kind", ALL)
-def test_a_checkpoint_of_another_catalogue_or_form_is_refused(kind: Any) -> None:
-    state = kind(synthetic_spec(), width=8).state_dict()
-    with pytest.raises(ValueError, match="catalogue of 24 items, this one has 30"):
-        kind(synthetic_spec(num_items=30), width=8).load_state_dict(state)
-    with pytest.raises(ValueError, match="net of another form"):
-        kind(synthetic_spec(), width=16).load_state_dict(state)
-
-
-@pytest.mark.parametrize(
-    ("kind", "knob", "words"),
-    [
-        (BehaviourCloning, {"temperature": 0.0}, "temperature must be above 0"),
-        (BehaviourCloning, {"shrink": -1.0}, "shrink must be at least 0"),
-        (BCQ, {"threshold": 1.0}, "threshold must be in"),
-        (BCQ, {"behaviour_shrink": -1.0}, "behaviour_shrink must be at least 0"),
-        (CQL, {"alpha": -0.1}, "alpha must be at least 0"),
-        (CQL, {"gamma": 1.1}, "gamma must be in"),
-        (IQL, {"expectile": 1.0}, "expectile must be in"),
-        (IQL, {"beta": 0.0}, "beta must be above 0"),
-        (IQL, {"tau": 2.0}, "tau must be in"),
-        (CQL, {"lr": 0.0}, "lr must be above 0"),
-    ],
-)
-def test_knobs_out_of_range_are_refused(kind: Any, knob: dict[str, float], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        kind(toy_spec(), **knob)

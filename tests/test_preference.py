@@ -9,9 +9,9 @@ from scipy.sparse import csr_matrix
 from synthetic import after_cut_replaced, favourites
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-import simulators.fitted
+import simulators.fit
 from encoders.state import EMPTY
-from simulators.fitted import fit_model, item_facts, moment
+from simulators.fit import fit_model, item_facts, moment
 from simulators.preference import (
     ItemFacts,
     Preference,
@@ -230,7 +230,7 @@ def test_item_weights_to_learn_with_come_from_before_the_window(shop, shelf, mon
         latest.append(logs.events["time"].max())
         return item_facts(logs, *rest)
 
-    monkeypatch.setattr(simulators.fitted, "item_facts", noted)
+    monkeypatch.setattr(simulators.fit, "item_facts", noted)
     fit_model(shop.before(moment(shelf.as_of)), shelf, 100.0, 1, 8, 0, False)
     to_learn, to_serve = latest
     assert to_learn < moment(shelf.as_of - 100.0) < to_serve < moment(shelf.as_of)

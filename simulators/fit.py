@@ -1,0 +1,132 @@
+"""Fit the parts of a `FittedSimulator` to a log: all that is learnt, as plain tensors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from encoders.items import interactions
+from simulators.base import Catalog
+from simulators.catalog import finest_categories
+from simulators.habits import Habits, fit_habits
+from simulators.preference import ItemFacts, Preference, fit_preference, item_to_item
+from simulators.trips import Trips, trips_from_logs
+from sources.logs import Logs
+
+STARTS = 6  # starting points of a household among its trips before the cut
+
+
+def moment(day: float) -> pd.Timestamp:
+    """Days since 1970-01-01 as a timestamp."""
+    return pd.Timestamp(round(day * 86_400e6), unit="us")
+
+
+def item_facts(
+    logs: Logs, catalog: Catalog, log_rate: Tensor, weight: pd.Series | None
+) -> ItemFacts:
+    """What the model may know of the catalogue's items from `logs`, households weighted."""
+    counts, users = interactions(logs, catalog.ids)
+    if weight is not None:
+        times = weight.reindex(users).fillna(0).to_numpy().astype(np.int64)
+        counts = counts[np.repeat(np.arange(len(users)), times)]
+    source, target = item_to_item(counts)
+    items = logs.items.set_index("item").loc[catalog.ids]
+    columns = finest_categories(logs, catalog.ids)
+    codes = [pd.factorize(items[c].astype(object).fillna(""), sort=True)[0] for c in columns]
+    groups = np.stack(codes or [np.zeros(len(catalog), np.int64)], axis=1)  # (N, G)
+    return ItemFacts(
+        log_rate=log_rate,
+        gap=usual_gap(logs, catalog.ids),
+        groups=torch.from_numpy(groups.astype(np.int64)),
+        source=source,
+        target=target,
+    )
+
+
+def usual_gap(logs: Logs, ids: np.ndarray) -> Tensor:
+    """Log of the median days (N,) between a household's purchases; of all items where none."""
+    events = logs.events[logs.events["behaviour"].isin(logs.purchases)]
+    row = pd.Index(ids).get_indexer(events["item"])
+    bought = pd.DataFrame({"row": row, "user": events["user"], "time": events["time"]})[row >= 0]
+    bought = bought.drop_duplicates().sort_values(["user", "row", "time"], kind="stable")
+    gap = bought.groupby(["user", "row"])["time"].diff().dt.total_seconds() / 86_400
+    median = gap.groupby(bought["row"]).median().reindex(range(len(ids)))
+    typical = median.median() if median.notna().any() else 30.0
+    usual = median.fillna(typical).clip(1, 200).to_numpy(np.float32, copy=True)  # (N,)
+    return torch.from_numpy(usual).log()
+
+
+def fit_model(
+    logs: Logs,
+    catalog: Catalog,
+    window: float,
+    epochs: int,
+    hidden: int,
+    seed: int,
+    bootstrap: bool,
+) -> dict[str, Any]:
+    """Fit preference and habits to the trips of the window; all the tensors that make the users."""
+    since = catalog.as_of - window
+    trips = trips_from_logs(logs, catalog.ids, since=since)
+    if len(trips) < 100 or len(trips.bought) < 100:
+        raise ValueError(
+            f"{logs.name}: {len(trips)} trips with {len(trips.bought)} purchases of the catalogue "
+            f"in the {window:g} days before the cut are too few to fit users to (100 of each): "
+            "give a longer log, a larger window or a larger catalogue"
+        )
+    past = logs.before(moment(since))
+    if (lines := interactions(past, catalog.ids)[0].sum()) < 100:
+        raise ValueError(
+            f"{logs.name}: {lines:g} purchases of the catalogue before the window of {window:g} "
+            "days are too few to learn from what goes with what (100): choose a smaller window"
+        )
+    households = np.unique(trips.user)
+    rng = np.random.default_rng(seed)
+    size = len(households)
+    times = rng.multinomial(size, np.full(size, 1 / size)) if bootstrap else np.ones(size, np.int64)
+    drawn = pd.Series(times, index=households)
+    weight = drawn.loc[trips.user].to_numpy(np.float64)  # (n,)
+    sold = np.bincount(
+        trips.bought, np.repeat(weight, np.diff(trips.pointer)), minlength=len(catalog)
+    )
+    log_rate = torch.from_numpy(np.log((sold + 0.5) / weight.sum())).float()
+    draw = drawn if bootstrap else None
+    before = item_facts(past, catalog, log_rate, draw)
+    preference = fit_preference(trips, weight, before, epochs=epochs, hidden=hidden, seed=seed)
+    # From here on the model serves users after the window: item-to-item weights of all the past.
+    now = item_facts(logs, catalog, log_rate, draw)
+    for name in ("source", "target", "gap"):
+        getattr(preference, name).copy_(getattr(now, name))
+    habits = fit_habits(preference, trips, weight, catalog.category.cpu(), seed)
+    users = trips[starting_points(trips, rng)].users()
+    table = vars(users) | {"ids": users.ids.tolist(), "ids_type": str(users.ids.dtype)}
+    return store(preference, habits) | {"users": table}
+
+
+def starting_points(trips: Trips, rng: np.random.Generator) -> np.ndarray:
+    """Rows (m,) of up to STARTS trips of each household, drawn at random."""
+    order = np.lexsort((rng.random(len(trips)), pd.factorize(trips.user)[0]))
+    user = trips.user[order]
+    first = np.concatenate([[True], user[1:] != user[:-1]])
+    rank = np.arange(len(user)) - np.maximum.accumulate(np.where(first, np.arange(len(user)), 0))
+    return np.sort(order[rank < STARTS])
+
+
+def store(preference: Preference, habits: Habits) -> dict[str, Any]:
+    """A fit as plain tensors and numbers."""
+    sizes = preference.of_user.in_features, preference.of_user.out_features
+    return {"preference": preference.state_dict(), "sizes": sizes, "habits": vars(habits)}
+
+
+def restore(state: dict[str, Any]) -> tuple[Preference, Habits]:
+    """The model and habits that `store` wrote."""
+    weights: Mapping[str, Tensor] = state["preference"]
+    names = ("log_rate", "gap", "groups", "source", "target")
+    facts = ItemFacts(**{name: weights[name] for name in names})
+    features, hidden = state["sizes"]
+    preference = Preference(facts, features - Preference.extra, hidden)
+    preference.load_state_dict(weights)
+    return preference.eval().requires_grad_(False), Habits(**state["habits"])
