@@ -18,6 +18,7 @@ from agents.bandit_slates import (
     mixture_slate,
     mixture_slate_probs,
     mixture_slates,
+    seeded,
     tied_probs,
     tied_slate,
     tied_slate_probs,
@@ -167,3 +168,12 @@ def test_blocks_of_samples_do_not_change_the_slates(monkeypatch):
     assert not (whole == 2).any()
     monkeypatch.setattr("agents.bandit_slates.BLOCK", 20)
     assert torch.equal(mixture_slates(sampled, 7, allowed, 2), whole)
+
+
+def test_draws_of_another_seed_are_not_those_of_another_update():
+    one, other, same = (
+        torch.rand(4, generator=seeded(seed, version, "cpu"))
+        for seed, version in ((0, 1), (1, 0), (0, 1))
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)

@@ -94,3 +94,16 @@ def test_settings_and_checkpoints_that_do_not_fit_are_refused():
             Bootstrapped(spec, **knobs)
     with pytest.raises(ValueError, match="heads and dim"):
         Bootstrapped(spec).load_state_dict(Bootstrapped(spec, heads=3).state_dict())
+
+
+def test_heads_see_rows_of_their_own_and_the_spread_is_not_of_their_priors():
+    spec = synthetic_spec(slate_size=1)
+    steps = list(synthetic_steps(Bootstrapped(spec), spec, 64, 3, torch.Generator().manual_seed(0)))
+    sigmas = []
+    for prior in (0.0, 5.0):
+        agent = Bootstrapped(spec, dim=4, prior=prior)
+        for step in steps:
+            agent.update(step)
+        assert len(agent.sums["gram"][:, 0, 0].unique()) > 1
+        sigmas.append(float(agent.post["sigma"]))
+    assert sigmas[0] == sigmas[1]

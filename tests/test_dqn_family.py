@@ -7,7 +7,7 @@ import torch
 
 from agents.checks import NonFiniteLossError
 from agents.dqn import DQN, next_value, quantile_huber, slot_targets
-from agents.priorities import Priorities
+from agents.priorities import FLOOR, Priorities
 from agents.replay import Replay
 from agents.testing import synthetic_observation, synthetic_spec, synthetic_steps
 from tests.test_dqn import QUICK, RIGHT, STATES, step_of, toy_dqn, toy_obs, toy_spec, trained, walk
@@ -81,6 +81,36 @@ def test_new_places_come_at_the_largest_priority_and_empty_ones_never():
     assert set(place.tolist()) == {0, 1, 2, 3}
     with pytest.raises(ValueError, match="empty replay"):
         Priorities(1.0).draw(1, torch.Generator())
+
+
+def test_places_of_no_surprise_keep_a_chance_of_the_floor_to_the_power_alpha():
+    assert filled(0.5, torch.tensor([0.0, 0.0399])).power.tolist() == pytest.approx(
+        [FLOOR**0.5, (0.0399 + FLOOR) ** 0.5]
+    )
+
+
+@pytest.mark.parametrize(("double", "worth"), [(True, 5.0), (False, 9.0)])
+def test_the_net_picks_the_next_slate_only_where_it_is_double(double, worth):
+    agent = toy_dqn(toy_spec(items=3), double=double)
+    agent.net.values = lambda seen: torch.tensor([[8.0, 1.0, 2.0]])  # likes item 0
+    agent.target.values = lambda seen: torch.tensor([[5.0, 7.0, 9.0]])
+    seen = agent.net.read(toy_obs(torch.tensor([1])))
+    allowed, zero = torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 1)
+    _, target = agent._both(seen, seen, torch.tensor([[1]]), allowed, zero, torch.ones(1))
+    assert target.tolist() == [[worth]]
+
+
+def test_errors_of_opposite_sign_in_a_slate_do_not_cancel_in_its_priority():
+    agent = trained(DQN(PLANNED, **QUICK | {"priority": 1.0}), 2)
+    place = torch.arange(8)
+
+    def off_by_one(seen, later, slate, *rest):
+        q = agent.net.values_of(seen, slate)
+        return q, q.detach() + torch.tensor([1.0, -1.0])
+
+    agent.values_and_targets = off_by_one
+    agent._learn(place, torch.ones(8))
+    assert agent.priorities.power[place].tolist() == pytest.approx([1.0 + FLOOR] * 8)
 
 
 def test_small_priorities_among_many_are_not_lost_to_rounding():

@@ -5,8 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agents.bootstrapped import Bootstrapped
+from agents.epsilon_greedy import EpsilonGreedy
 from agents.feedback import Pending, check_slots
+from agents.lints import LinTS
 from agents.linucb import LinUCB
+from agents.logistic_ts import LogisticTS
 from agents.neural_linear import NeuralLinear
 from agents.testing import synthetic_observation, synthetic_spec
 
@@ -135,3 +139,35 @@ def test_rewards_must_be_finite_and_one_per_slot():
         check_slots(torch.zeros(2, 1), torch.arange(2), 3)
     with pytest.raises(ValueError, match="row 1 is not"):
         check_slots(torch.tensor([[0.0], [torch.nan]]), torch.arange(2), 1)
+
+
+@pytest.mark.parametrize(
+    "kind", [Bootstrapped, EpsilonGreedy, LinTS, LinUCB, LogisticTS, NeuralLinear]
+)
+def test_a_state_put_back_forgets_what_waited_for_feedback(kind):
+    spec = synthetic_spec()
+    agent = kind(spec)
+    obs = synthetic_observation(spec, 4, torch.Generator().manual_seed(0))
+    ids = agent.expect(obs, agent.act(obs, None))
+    agent.load_state_dict(agent.state_dict())
+    assert len(agent.pending) == 0
+    with pytest.raises(ValueError, match="forgotten by load_state_dict"):
+        agent.feedback(ids, torch.ones(4, 2))
+
+
+def test_the_oldest_that_is_still_kept_is_refused_a_second_time_not_late():
+    pending = Pending(3)
+    pending.add(rows(0, 3))
+    pending.take(torch.tensor([0]))
+    with pytest.raises(ValueError, match="decision 0 has had its feedback"):
+        pending.take(torch.tensor([0]))
+    assert pending.late == 0
+
+
+def test_what_was_lost_and_late_is_counted_on_after_a_reload():
+    one, other = Pending(2), Pending(2)
+    one.add(rows(0, 2))
+    one.add(rows(2, 2))
+    one.take(torch.tensor([1]))
+    other.load_state_dict(one.state_dict())
+    assert (other.lost, other.late) == (one.lost, one.late) == (2, 1)

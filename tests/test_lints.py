@@ -9,6 +9,8 @@ from agents.lints import LinTS
 from agents.testing import check_agent, synthetic_observation, synthetic_spec, synthetic_steps
 from experiments.bandit_speed import bandit_spec, observed, step_of
 
+ONE = torch.ones(1, 1)
+
 
 def trained(features, samples=32, **knobs):
     spec = synthetic_spec(num_items=6, slate_size=1)
@@ -141,3 +143,19 @@ def test_a_user_is_served_alone_as_in_a_batch():
 def test_settings_out_of_range_are_refused(knobs):
     with pytest.raises(ValueError, match=next(iter(knobs))):
         LinTS(synthetic_spec(), **knobs)
+
+
+def test_scale_widens_the_draws_that_act():
+    one, three = (LinTS(synthetic_spec(), scale=scale)._draws() for scale in (1.0, 3.0))
+    assert torch.allclose(3.0 * one.theta, three.theta)  # nothing is known: draws around zero
+
+
+def test_a_state_put_back_brings_its_own_draws():
+    one, _ = trained("shared")
+    other, _ = trained("shared", scale=2.0)
+    other.model.learn(torch.ones(1, 1, one.model.features.size), torch.zeros(1, 1).long(), ONE)
+    one.model.learn(torch.ones(1, 1, one.model.features.size), torch.zeros(1, 1).long(), -ONE)
+    other.scale = 1.0
+    assert not torch.equal(one._draws().theta, other._draws().theta)  # as many updates, others
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one._draws().theta, other._draws().theta)

@@ -295,3 +295,15 @@ def test_the_benchmark_says_speed_and_regret_of_every_policy():
     alone = bandit_speed.text([{**row, "ratio_to_peer": None} for row in found
                                if row["case"] != bandit_speed.PEER])  # fmt: skip
     assert "to compare" in alone
+
+
+@pytest.mark.parametrize("features", ["shared", "hybrid", "disjoint"])
+def test_a_state_put_back_brings_its_own_widths(features):
+    spec = synthetic_spec(num_items=8)
+    one, other = (LinUCB(spec, features=features, dim=4) for _ in range(2))
+    for step in synthetic_steps(one, spec, 16, 3, torch.Generator().manual_seed(0)):
+        one.update(step)
+    bounds = one.bounds(step.obs)
+    assert not torch.allclose(other.bounds(step.obs), bounds)  # and is kept until the next solve
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other.bounds(step.obs), bounds)

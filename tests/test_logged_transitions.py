@@ -308,3 +308,35 @@ def test_a_log_of_another_shop_or_environment_is_refused(tmp_path: Path, spec: A
         replay_of([tmp_path / "nothing"], spec, catalog="shop")
     with pytest.raises(ValueError, match="no log to learn from"):
         replay_of([], spec, catalog="shop")
+
+
+@pytest.mark.parametrize("rows", [2, 4, 8])
+def test_a_file_that_fills_the_last_batch_keeps_its_last_decision(
+    tmp_path: Path, spec: AgentSpec, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    monkeypatch.setattr(logged_transitions, "ROWS", rows)
+    sessions = Sessions(tmp_path / "log", spec, 2)
+    for _ in range(2):
+        sessions.play(terminated=[0, 1])
+    sessions.writer.close()
+    assert pq.read_metadata(next((tmp_path / "log").glob("*.parquet"))).num_rows == 8
+    assert len(rows_of(tmp_path / "log", spec)) == 4
+
+
+def test_a_session_whose_beginning_is_not_in_the_log_is_not_whole(
+    tmp_path: Path, spec: AgentSpec
+) -> None:
+    sessions = Sessions(tmp_path / "log", spec, 2)
+    sessions.step[0] = 3
+    sessions.play(terminated=[0, 1])
+    sessions.writer.close()
+    returns = survey(tmp_path / "log", spec).returns
+    assert returns.tolist() == pytest.approx([sessions.truth[1]["reward"]])
+
+
+def test_who_leaves_at_the_step_limit_has_left(tmp_path: Path, spec: AgentSpec) -> None:
+    sessions = Sessions(tmp_path / "log", spec, 1)
+    sessions.play(terminated=[0], truncated=[0])
+    sessions.writer.close()
+    (one,) = rows_of(tmp_path / "log", spec)
+    assert (one.terminated.item(), one.truncated.item()) == (True, False)

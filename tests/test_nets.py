@@ -153,3 +153,37 @@ def test_nets_of_one_catalogue_read_the_same_whatever_their_seeds():
     assert torch.equal(a.traces, b.traces)
     assert a.state.shape == (6, Reader(SPEC).size)
     assert list(Reader(SPEC).parameters()) == []
+
+
+def test_what_is_left_of_the_past_moves_the_value_and_is_not_taught_by_it():
+    net, obs = shaken({}), observe()
+    # the mean over items is V(s): what an item of the past is worth is learnt from that item
+    (slope,) = torch.autograd.grad(net(obs).mean(dim=1).sum(), net.recall)
+    assert slope.abs().max() < 1e-3
+    (slope,) = torch.autograd.grad(net(obs)[:, 0].sum(), net.left.weight)
+    assert slope.abs().max() > 1e-2
+
+
+def test_a_mean_of_likes_and_dislikes_is_by_their_size():
+    read = Reader(SPEC)
+    mean = read.mean(torch.tensor([[3, 4, EMPTY]]), torch.tensor([[1.0, -1.0, 0.0]]))
+    assert torch.allclose(mean[0], (read.items[3] - read.items[4]) / 2.0, atol=1e-6)
+
+
+def test_the_recent_mean_counts_an_item_once_however_often_it_was_bought():
+    read, obs = Reader(SPEC), observe()
+    often = replace(
+        obs, past_count=obs.past_count * torch.arange(1.0, 1.0 + obs.past_count.shape[1])
+    )
+    wide = read.items.shape[1]
+    first = obs.profile.shape[1] + obs.context.shape[1] + wide  # after the mean by count
+    one, other = (read.state(x)[:, first : first + wide] for x in (obs, often))
+    assert torch.equal(one, other)
+    assert not torch.equal(read.state(obs), read.state(often))
+
+
+def test_value_nets_of_two_seeds_differ():
+    seen = Reader(SPEC)(observe())
+    one, other, same = (ValueNet(SPEC, width=16, seed=seed)(seen) for seed in (1, 2, 1))
+    assert torch.equal(one, same)
+    assert not torch.allclose(one, other)

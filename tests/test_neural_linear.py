@@ -126,3 +126,33 @@ def test_a_checkpoint_of_another_form_is_refused():
     spec = synthetic_spec()
     with pytest.raises(ValueError, match="the settings it was trained with"):
         NeuralLinear(spec).load_state_dict(NeuralLinear(spec, width=32).state_dict())
+
+
+def test_draws_have_the_posterior_covariance():
+    agent = NeuralLinear(synthetic_spec(), wide=1, samples=50_000, ridge=0.5)
+    d = agent.wide + MEMORY + 1
+    rows = torch.randn(2 * d, d, generator=torch.Generator().manual_seed(0)).double()
+    rows[:, 0] = rows[:, 1] + 0.3 * rows[:, 0]  # two features that go together
+    agent.post |= {"gram": rows.T @ rows, "sigma": torch.tensor(2.0).double()}
+    wanted = 4.0 * torch.linalg.inv(rows.T @ rows + 0.5 * torch.eye(d).double())
+    assert torch.allclose(agent._draws()[0].T.cov(), wanted, atol=0.02 * float(wanted.max()))
+
+
+def test_the_prior_of_the_last_layer_has_the_bias_of_the_trunk():
+    scores = []
+    for bias in (0.0, 3.0):
+        agent = NeuralLinear(synthetic_spec(), wide=4, width=8, ridge=1e9, replay_ratio=1e-6)
+        with torch.no_grad():
+            agent.net.last.bias += bias
+        steps = synthetic_steps(agent, agent.spec, 16, 1, torch.Generator().manual_seed(0))
+        step = next(steps)
+        agent.update(step)
+        scores.append(agent.scores(step.obs) / agent.post["spread"].float())
+    assert torch.allclose(scores[1] - scores[0], torch.tensor(3.0), atol=1e-3)
+
+
+def test_more_rewards_than_the_ring_holds_leave_the_newest_oldest_first_out():
+    agent = NeuralLinear(synthetic_spec(), batch_size=4, capacity=4)
+    for first, last in ((0, 6), (6, 7)):
+        agent._remember({"item": torch.arange(first, last)})
+    assert sorted(agent.ring["item"].tolist()) == [3, 4, 5, 6]

@@ -191,6 +191,18 @@ def test_feedback_beyond_half_precision_stays_finite():
     assert everything(replay).transition.obs.feedback.isfinite().all()
 
 
+def test_a_next_mask_that_is_more_than_the_history_is_no_history():
+    first, step = play(2, 3)
+    replay = Replay(30, spec=SPEC)
+    replay.add(first)
+    more = step.next_mask.clone()
+    more[:, -1] = 5  # one more item than was shown
+    with pytest.raises(ValueError, match=r"form of the first add \(history\), got ids"):
+        replay.add(replace(step, mask=step.mask.clone(), next_mask=more))
+    replay.add(replace(step, mask=step.mask.clone(), next_mask=step.next_mask.clone()))
+    assert len(replay) == 6
+
+
 def test_what_does_not_fit_is_refused_in_words():
     steps = list(play(2, 3))
     replay = Replay(30, spec=SPEC)

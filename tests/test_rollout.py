@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from agents.explore import plackett_luce_probs
 from agents.rollout import (
+    FORGET,
     Critic,
     Rollout,
     entropy,
@@ -233,6 +234,15 @@ def test_a_new_unit_does_not_change_what_the_critic_foretells():
         critic.rescale(returns, slots)
         assert torch.allclose(critic.values(seen), before, rtol=1e-3, atol=1e-2)
     assert critic.spread > 100
+
+
+def test_a_critic_forgets_old_returns_but_never_the_newest_rollout():
+    critic = Critic(synthetic_spec(), lr=1e-2, width=16, grad_clip=0.5)
+    for _ in range(40):
+        critic.rescale(torch.zeros(4), torch.zeros(4, 2))
+    critic.rescale(torch.ones(4), torch.ones(4, 2))
+    assert float(critic.mean) == pytest.approx(FORGET)
+    assert critic.place.tolist() == pytest.approx([FORGET] * 2)
 
 
 @pytest.mark.parametrize("unit", [0.01, 1.0, 1000.0])

@@ -14,7 +14,10 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from agents.base import AgentSpec
 from agents.nets import Reader
-from agents.sb3_env import SessionsVecEnv
+from agents.sb3 import SB3
+from agents.sb3_env import SessionsVecEnv, transition_of
+from agents.sb3_model import on_replay
+from agents.testing import synthetic_observation, synthetic_spec
 from encoders.state import Observation
 from envs import RecommendVectorEnv
 from simulators.base import SimSpec
@@ -225,3 +228,71 @@ def test_a_restored_environment_is_gone_on_from():
     assert isinstance(started.obs, Observation)
     assert np.array_equal(started.action_masks(), env.action_masks())
     assert not np.array_equal(started.reset(), adapter.read.state(obs).numpy())
+
+
+def test_a_transition_leads_to_the_last_view_of_who_is_gone():
+    spec = synthetic_spec()
+    obs, after, last = (
+        synthetic_observation(spec, 2, torch.Generator().manual_seed(seed)) for seed in range(3)
+    )
+    slate, no = torch.tensor([[0, 1]] * 2), torch.zeros(2, dtype=torch.bool)
+    info = {"mask": after.history, "slot_reward": torch.zeros(2, 2)}
+    reward = torch.zeros(2)
+    going = transition_of(obs, obs.history, slate, after, reward, no, no, info)
+    assert going.next_obs is after
+    assert going.next_mask is after.history
+    ends = info | {"final_obs": last, "final_mask": last.history}
+    gone = transition_of(obs, obs.history, slate, after, reward, no, ~no, ends)
+    assert gone.next_obs is last
+    assert gone.next_mask is last.history
+
+
+def test_who_leaves_at_the_step_limit_is_no_time_limit_for_sb3():
+    spec = synthetic_spec()
+    obs = synthetic_observation(spec, 2, torch.Generator().manual_seed(0))
+
+    class BothAtOnce:
+        num_envs, num_items, slate_size = 2, spec.num_items, 2
+
+        def reset(self):
+            return obs, {"mask": obs.history}
+
+        def step(self, slate):
+            over = torch.ones(2, dtype=torch.bool)
+            info = {"mask": obs.history, "final_obs": obs, "final_mask": obs.history}
+            return obs, torch.zeros(2), torch.tensor([True, False]), over, info
+
+    env = SessionsVecEnv(BothAtOnce(), Reader(spec, memory=False))
+    env.reset()
+    _, _, done, infos = env.step(np.array([[0, 1], [2, 3]]))
+    assert done.all()
+    assert [info["TimeLimit.truncated"] for info in infos] == [False, True]
+
+
+def test_target_nets_of_sb3_are_renewed_by_env_steps():
+    settings = SB3(synthetic_spec(slate_size=1), target_every=1024).settings
+    assert on_replay(settings, 32, 500)["target_update_interval"] == 1024
+    assert on_replay(settings, 2048, 5000)["target_update_interval"] == 2048
+
+
+def test_moments_of_the_optimizer_move_to_a_model_for_more_users():
+    agent = SB3(synthetic_spec(slate_size=1))
+    policy = agent.model.policy
+    sum(p.sum() for p in policy.q_net.parameters()).backward()
+    policy.optimizer.step()
+    before = policy.optimizer.state_dict()["state"]
+    assert before
+    agent._for_users(4)
+    after = agent.model.policy.optimizer.state_dict()["state"]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[i]["exp_avg"], after[i]["exp_avg"]) for i in before)
+
+
+def test_values_of_quantiles_are_their_mean():
+    spec = synthetic_spec(slate_size=1)
+    agent = SB3(spec, algo="qrdqn", quantiles=5)
+    obs = synthetic_observation(spec, 3, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        quantiles = agent.model.policy.quantile_net(agent.read.state(obs))  # (B, Q, N)
+    assert quantiles.shape[1] == 5
+    assert torch.allclose(agent.scores(obs), quantiles.mean(dim=1))

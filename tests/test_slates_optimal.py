@@ -135,3 +135,10 @@ def test_equal_scores_are_ordered_as_exploration_orders_them_not_by_id():
     slate, _ = top_k(torch.ones(1, 40), allowed, 5)
     assert slate.tolist() == break_ties(torch.ones(1, 40)).topk(5, dim=1).indices.tolist()
     assert sorted(slate[0].tolist()) != [0, 1, 2, 3, 4]
+
+
+def test_forbidden_items_that_fill_a_short_slate_are_worth_nothing():
+    s, gain = torch.ones(1, 4), torch.tensor([[1.0, 3.0, 50.0, 50.0]])
+    scores = logit_scores(s, gain, torch.tensor([[True, True, False, False]]), 3)
+    best = (1.0 + 3.0) / 3.0  # of both, with nothing taken as likely as either
+    assert scores[0, :2].tolist() == pytest.approx([1.0 - best, 3.0 - best])

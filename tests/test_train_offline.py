@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ import torch
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from agents.testing import synthetic_spec
 from evaluation import decisions
 from experiments import compared_runs, evaluate_policies, train_agent, train_offline
 from experiments.logged_transitions import Logged
+from experiments.prepare import Worlds
 from experiments.train_offline import told
 
 SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "train_offline.py"
@@ -200,3 +203,30 @@ def test_help_and_typos_answer_at_once() -> None:
         wrong = subprocess.run([sys.executable, str(SCRIPT), word], capture_output=True, text=True)
         assert wrong.returncode == 2
         assert said in wrong.stderr
+
+
+def test_who_wrote_any_frozen_log_does_not_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    worlds = Worlds(train=None, test=["writer", "other"], events=None, replay=None, fidelity={},
+                    notes=[])  # fmt: skip
+    arena = SimpleNamespace(worlds=worlds)
+    monkeypatch.setattr(decisions, "meta", lambda folder: {"adaptive": folder.name == "training"})
+    logs = {"training": ["writer", "other"], "decisions": ["other"], "both": ["other"]}
+    for name, judges in logs.items():
+        folders = [Path(part) for part in train_offline.LOGS[name]]
+        assert train_offline.unseen(arena, folders).test == judges
+
+
+def test_the_policy_compared_with_is_the_one_that_the_run_judged(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tmp_path / "run"
+    whole.mkdir()
+    shutil.copy(run / "config.yaml", whole)
+    for name in ("checkpoint", "best"):  # it stopped early, at a step before the last one
+        (whole / name / "step-000000000001").mkdir(parents=True)
+    taken: list[Path] = []
+    monkeypatch.setattr(train_offline, "load_checkpoint", lambda home, *_: taken.append(home))
+    world = SimpleNamespace(spec=synthetic_spec(), catalog="shop")
+    cfg = OmegaConf.create({"baselines": []})
+    assert list(train_offline.others(cfg, whole, world)[0]) == ["logging popularity"]
+    assert taken == [whole / "best"]
