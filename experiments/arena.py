@@ -41,6 +41,7 @@ class Arena:
     regret: Callable[[dict[str, Tensor], Mask, Tensor], Tensor] | None = None
     log: Callable[..., DecisionWriter] | None = None  # folder, policy, adaptive=, resume=
     worlds: Worlds | None = None  # of a shop
+    gate: str = ""  # what check_simulator.py said of its users
 
 
 def arena(cfg: DictConfig, device: str, steps: int) -> Arena:
@@ -89,6 +90,7 @@ def shop(cfg: DictConfig, worlds: Worlds, device: str, steps: int) -> Arena:
         regret=allowed_regret,
         log=lambda *args, **settings: decision_log(cfg, simulator, *args, **settings),
         worlds=worlds,
+        gate=worlds.gate,
     )
 
 

@@ -113,6 +113,8 @@ def check_key(key: str, root: dict[str, Any], configs: dict[str, Any], folders: 
     if top not in root and top not in configs:
         tops = [*configs, *root]
         fail(f"{key}: there is no such key{advise(top, tops)}; there are: {', '.join(tops)}")
+    if below and root.get(top) == {}:
+        return not added
     # a constructor may know keys its yaml leaves out: +agent.key=1 is for them, and it checks them
     if not below or added or not configs.get(top) or "defaults" in configs[top]:
         return False

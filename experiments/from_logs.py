@@ -1,7 +1,8 @@
 """From a log to users: one simulator to train on, others of other households to judge with."""
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +18,14 @@ from agents.interactions import Interactions
 from encoders.items import interactions
 from encoders.text import TextEncoder
 from experiments.prepare import JUDGES, ReplayTrips, Worlds
-from experiments.run_folder import stage
+from experiments.run_folder import stage, write_text
 from simulators.base import Catalog, SimSpec, UserSimulator
 from simulators.fidelity import fidelity, lines
 from simulators.fit import moment
 from simulators.fitted import FittedSimulator
+from simulators.gate import Check
 from simulators.trips import Trips, trips_from_logs
-from sources.cache import cached
+from sources.cache import cache_folder, cached
 from sources.logs import Logs
 
 SPLIT = (
@@ -69,7 +71,8 @@ def from_logs(cfg: DictConfig, device: str) -> Worlds:
     replay = ReplayTrips(replayed.users(), torch.from_numpy(replayed.padded())).to(device)
     train, *test = made.values()
     return Worlds(train, test, events_before(cfg, logs, catalog), replay, checked, notes=[],
-                  seconds=seconds, specs=tuple(specs.values())[1:])  # fmt: skip
+                  seconds=seconds, specs=tuple(specs.values())[1:],
+                  gate=gate_line(cfg.env_name, train))  # fmt: skip
 
 
 def events_before(cfg: DictConfig, logs: Logs, catalog: Catalog) -> Interactions:
@@ -129,6 +132,36 @@ def write_figures(figures: dict[str, Any], path: Path) -> None:
 def read_figures(path: Path) -> dict[str, Any]:
     figures: dict[str, Any] = json.loads(path.read_text())
     return figures
+
+
+def gate_entry(fit_key: str) -> Path:
+    """Where the verdict on users of this fit is kept."""
+    digest = hashlib.sha256(fit_key.encode()).hexdigest()[:16]
+    return cache_folder() / f"gate-{digest}.json"
+
+
+def remember_gate(fit_key: str, checks: Sequence[Check]) -> None:
+    """Keep which checks users of this fit failed, for those who train on them."""
+    failed = [check.check for check in checks if not check.passed]
+    write_text(gate_entry(fit_key), json.dumps({"checks": len(checks), "failed": failed}))
+
+
+def gate_line(env_name: str, simulator: UserSimulator) -> str:
+    """What the gate said of the users that were trained on; "" for users of another kind."""
+    if not isinstance(simulator, FittedSimulator):
+        return ""
+    command = f"python experiments/check_simulator.py env={env_name}"
+    try:
+        verdict = json.loads(gate_entry(simulator.fit_key).read_text())
+    except (OSError, ValueError):
+        return f"these users have not been held against their log yet: {command}"
+    failed = verdict["failed"]
+    if not failed:
+        return f"these users passed all {verdict['checks']} checks of {command}"
+    return (
+        f"warning: these users FAILED {len(failed)} of {verdict['checks']} checks "
+        f"({', '.join(failed)}): {command}"
+    )
 
 
 def with_levels(logs: Logs) -> Logs:

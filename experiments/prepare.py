@@ -38,6 +38,7 @@ class Worlds:
     notes: list[str]  # lines worth printing
     seconds: dict[str, float] = field(default_factory=dict)  # by stage, where it has several
     specs: tuple[SimSpec, ...] = ()  # of `test`: what they were made from, to make others like them
+    gate: str = ""  # what check_simulator.py said of the users
 
 
 def prepare(cfg: DictConfig, device: str) -> Worlds:

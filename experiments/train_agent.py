@@ -81,8 +81,10 @@ def main(cfg: DictConfig) -> None:
             "best_eval": best,
         }  # fmt: skip
         write_json(folder / "result.json", result)
-        said = lines(rows, world.baseline)
-        print("\n".join(["", *said, "", f"tensorboard --logdir {folder / 'tensorboard'}"]))
+        said = ["", *lines(rows, world.baseline), ""]
+        if world.gate:
+            said.append(world.gate)
+        print("\n".join([*said, f"tensorboard --logdir {folder / 'tensorboard'}"]))
         if cfg.out:
             write_json(Path(cfg.out), result)
 

@@ -89,6 +89,33 @@ def ranking(
     theta: Tensor, bought: Tensor, trips: Trips, counts: csr_matrix, log_rate: Tensor, seed: int
 ) -> dict[str, Any]:
     """Hit@10 per household at its first trip after the cut, for all it buys after the cut."""
+    result: dict[str, Any] = {}
+    found = hits(theta, bought, trips, counts, log_rate, seed)
+    for mode, rival in (("repeats", "own counts"), ("new", "item-kNN")):
+        hit = found[mode]
+        gain = hit["model"] - hit[rival]
+        # one household has no interval
+        error = 1.96 * float(gain.std()) / len(gain) ** 0.5 if len(gain) > 1 else float("nan")
+        result[f"hit10_{mode}"] = {name: float(h.mean()) for name, h in hit.items()}
+        result[f"hit10_{mode}_households"] = len(gain)
+        result[f"hit10_{mode}_gain"] = {
+            "over": rival,
+            "value": float(gain.mean()),
+            "low": float(gain.mean()) - error,
+            "high": float(gain.mean()) + error,
+        }
+    return result
+
+
+def hits(
+    theta: Tensor, bought: Tensor, trips: Trips, counts: csr_matrix, log_rate: Tensor, seed: int,
+    more: dict[str, Tensor] | None = None,
+) -> dict[str, dict[str, Tensor]]:  # fmt: skip
+    """Whether each household's ten best held one it bought, (h,) by mode and by who ranked.
+
+    Modes: "repeats" is any item, "new" those the household had not bought. `more` are scores
+    (h, N) of others, for the first trip of each household in order of its name.
+    """
     _, first, row = np.unique(trips.user, return_index=True, return_inverse=True)
     wanted = torch.zeros(len(first), theta.shape[1], dtype=torch.int32)
     wanted.index_add_(0, torch.from_numpy(row), bought.int())
@@ -108,27 +135,17 @@ def ranking(
         "own counts": own + 0.1 * rate,
         "decayed own counts": decayed + 1e-3 * rate,
         "item-kNN": torch.from_numpy(known.float().numpy() @ cosine(counts)) + tie,
+        **{name: score + tie for name, score in (more or {}).items()},
     }
-    result: dict[str, Any] = {}
-    for mode, rival in (("repeats", "own counts"), ("new", "item-kNN")):
+    result: dict[str, dict[str, Tensor]] = {}
+    for mode in ("repeats", "new"):
         target = wanted > 0 if mode == "repeats" else (wanted > 0) & ~known
         scored = target.any(dim=1)
-        hit = {}
+        result[mode] = {}
         for name, score in scores.items():
             allowed = score if mode == "repeats" else score.masked_fill(known, -torch.inf)
             top = allowed.topk(min(10, theta.shape[1]), dim=1).indices
-            hit[name] = target.gather(1, top).any(dim=1)[scored].double()
-        gain = hit["model"] - hit[rival]
-        # one household has no interval
-        error = 1.96 * float(gain.std()) / len(gain) ** 0.5 if len(gain) > 1 else float("nan")
-        result[f"hit10_{mode}"] = {name: float(h.mean()) for name, h in hit.items()}
-        result[f"hit10_{mode}_households"] = int(scored.sum())
-        result[f"hit10_{mode}_gain"] = {
-            "over": rival,
-            "value": float(gain.mean()),
-            "low": float(gain.mean()) - error,
-            "high": float(gain.mean()) + error,
-        }
+            result[mode][name] = target.gather(1, top).any(dim=1)[scored].double()
     return result
 
 

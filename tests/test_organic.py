@@ -1,0 +1,113 @@
+"""Users who shop alone: their past at a moment, their lines, and a walk that is reproducible."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from encoders.state import EMPTY
+from simulators.fit import moment
+from simulators.organic import Bank, Lines, fit_alone, lines_of, table_at, walk
+from simulators.rhythm import Memory, visits_of
+from simulators.trips import trips_from_logs
+
+
+@pytest.fixture(scope="module")
+def living(fitted, shop, shelf):
+    return fit_alone(fitted.preference, shop, shelf, window=120.0)
+
+
+@pytest.fixture(scope="module")
+def walked(living, shop, shelf):
+    return on_foot(living, shop, shelf, seed=0)
+
+
+def on_foot(living, shop, shelf, seed):
+    day = float(np.ceil(shelf.as_of))
+    users = table_at(shop, shelf.ids, day)
+    memory = Memory.after(visits_of(shop.before(moment(day)), shelf.ids, users.ids), len(users))
+    rng = np.random.default_rng(seed)
+    return walk(living, users, memory, until=day + 30, rng=rng), users, memory, day
+
+
+def test_a_past_at_a_moment_is_that_of_a_trip_at_that_moment(shop, shelf):
+    trips = trips_from_logs(shop, shelf.ids, since=shelf.as_of)
+    for row in (0, len(trips) // 2, len(trips) - 1):
+        table = table_at(shop, shelf.ids, float(trips.time[row]))
+        mine = table.ids == trips.user[row]
+        if not mine.any():  # the first trip of a newcomer
+            continue
+        one = int(np.nonzero(mine)[0][0])
+        assert table.past[one].tolist() == trips.past[row].tolist()
+        assert table.past_count[one].tolist() == trips.count[row].tolist()
+        assert np.allclose(table.past_age[one].numpy(), trips.age[row], atol=1e-3)
+        assert np.allclose(table.profile[one].numpy(), trips.profile[row], atol=1e-4)
+
+
+def test_lines_are_those_of_the_log(shop, shelf):
+    users = shop.users["user"].to_numpy()
+    lines = lines_of(shop, shelf.ids, users)
+    bought = shop.events[shop.events["behaviour"].isin(shop.purchases)]
+    bought = bought[bought["item"].isin(shelf.ids)]
+    visit = "basket" if "basket" in bought else bought["time"].dt.floor("D")
+    whole = bought.assign(visit=bought[visit] if isinstance(visit, str) else visit)
+    whole = whole.drop_duplicates(["user", "visit", "item"])
+    assert len(lines) == len(whole)
+    assert lines.value.sum() == pytest.approx(whole["value"].sum())
+    assert (np.diff(lines.visit) >= 0).all()
+    together = pd.DataFrame({"visit": lines.visit, "user": lines.user, "time": lines.time})
+    assert (together.groupby("visit").nunique() == 1).all().all()
+    assert (lines.user[1:] >= lines.user[:-1]).all()
+
+
+def test_a_walk_is_one_of_visits_in_the_days_asked_for(walked, shelf):
+    lines, users, _, day = walked
+    assert len(lines) > 100
+    assert lines.time.min() >= day
+    assert lines.time.max() < day + 30
+    assert lines.user.max() < len(users)
+    assert ((lines.item >= 0) & (lines.item < len(shelf))).all()
+    pairs = pd.DataFrame({"visit": lines.visit, "item": lines.item})
+    assert not pairs.duplicated().any()
+    one = pd.DataFrame({"visit": lines.visit, "user": lines.user, "time": lines.time})
+    assert (one.groupby("visit").nunique() == 1).all().all()
+    assert np.isfinite(lines.value).all()
+
+
+def test_the_same_seed_walks_the_same_way_and_leaves_what_it_was_given(walked, living, shop, shelf):
+    lines, users, memory, day = walked
+    again, other_users, other_memory, _ = on_foot(living, shop, shelf, seed=0)
+    for name in Lines.__dataclass_fields__:
+        assert np.array_equal(getattr(lines, name), getattr(again, name), equal_nan=True), name
+    assert torch.equal(users.past, table_at(shop, shelf.ids, day).past)
+    assert torch.equal(users.profile, other_users.profile)
+    assert np.array_equal(memory.count, other_memory.count)
+    different, *_ = on_foot(living, shop, shelf, seed=1)
+    assert not np.array_equal(lines.item[:50], different.item[:50])
+
+
+def test_users_stay_themselves(walked, shelf):
+    """Users of this log buy favourites: most of what they take alone they have had before."""
+    lines, users, *_ = walked
+    past = users.past.numpy()
+    known = np.array(
+        [i in past[u][past[u] != EMPTY] for u, i in zip(lines.user, lines.item, strict=True)]
+    )
+    chance = np.mean([(past[u] != EMPTY).sum() / len(shelf) for u in lines.user])
+    assert known.mean() > 1.5 * chance
+
+
+def test_money_comes_from_lines_of_the_same_item():
+    rng = np.random.default_rng(0)
+    item = np.repeat([0, 2], [5, 100])
+    zero = np.zeros(105)
+    price = np.where(item == 0, 3.0, rng.uniform(7, 9, 105))
+    lines = Lines(zero.astype(int), zero.astype(int), zero, item, 2 * price, price, zero)
+    bank = Bank.of(lines, 3, rng)
+    drawn = bank.draw(np.array([0] * 50 + [2] * 50 + [1] * 50), rng)
+    assert (drawn[:50, 1] == 3.0).all()
+    assert (drawn[:50, 0] == 6.0).all()
+    assert ((drawn[50:100, 1] > 7) & (drawn[50:100, 1] < 9)).all()
+    assert len(np.unique(drawn[50:100, 1])) > 10
+    assert np.allclose(drawn[:100, 0], 2 * drawn[:100, 1])
+    assert np.isfinite(drawn[100:]).all()  # never sold: what lines mostly cost
