@@ -28,12 +28,18 @@ def tiny_yaml(request):
         {"trips": 3, "satiation": 0.7, "drift": 0.1, "patience": 0.4},
         {"choice": "independent", "exposure": 0.5},
         {"choice": "cascade", "trips": 2},
-        {"items": 12, "households": 3, "dim": 2},
+        {"choice": "independent", "exposure": -0.5, "satiation": -0.5},
+        {"items": 12, "households": 3, "dim": 2, "patience": 0.0},
+        {"items": 5, "households": 1, "dim": 1, "patience": 1.0},
+        {"items": 5, "dim": 1, "again": 0.0, "patience": 0.0, "stop": (0.1, 0.9), "trips": 3},
+        {"items": 200, "taste": 3.0, "again": 2.0, "world_seed": 4},
     ],
     ids=str,
 )
-def test_worlds_keep_the_contract(settings):
-    assert check_simulator(TinyWorld(SPEC, **settings), seed=1) == []
+def test_worlds_keep_the_contract_and_raise_no_alarm(settings):
+    for seed in (1, 7):
+        world = TinyWorld(SimSpec(None, None, seed=seed), **settings)
+        assert check_simulator(world, seed=seed) == []
 
 
 def test_the_world_of_the_yaml_keeps_the_contract_and_repeats_the_defaults(tiny_yaml):
@@ -69,7 +75,7 @@ def writes_state(state, slate, response, after):
 
 
 def looks_around(state, slate, response, after):
-    return replace(response, elapsed=response.elapsed + len(slate)), after
+    return replace(response, elapsed=len(slate) * (~response.left).float()), after
 
 
 def buys_nothing_shown(state, slate, response, after):
@@ -122,8 +128,10 @@ def test_the_kit_names_wrong_tables_and_missing_members():
     sim = TinyWorld(SPEC)
     sim.users = replace(sim.users, past=sim.users.past.int(), start=sim.users.start.float())
     problems = check_simulator(sim)
-    assert "users.past: must be torch.int64, got torch.int32" in problems
-    assert "users.start: must be torch.float64, got torch.float32" in problems
+    assert [p.partition(";")[0] for p in problems] == [
+        "users.past: must be torch.int64, got torch.int32",
+        "users.start: must be torch.float64, got torch.float32",
+    ]
     sim.users = replace(TinyWorld(SPEC).users, past=torch.full((400, 60), 3))
     assert any("has an item twice" in p for p in check_simulator(sim))
     assert "needs the members catalog, behaviours, users" in check_simulator(object())[0]
@@ -132,8 +140,8 @@ def test_the_kit_names_wrong_tables_and_missing_members():
 def test_the_kit_sees_a_relevance_that_is_no_probability():
     sim = TinyWorld(SPEC)
     sim.relevance = lambda state: torch.full((len(state["user"]), 60), 1.5)
-    problems = check_simulator(sim)
-    assert "relevance: must be probabilities above 0 and below 1" in problems
+    (problem,) = check_simulator(sim)
+    assert "relevance: must be probabilities above 0 and below 1" in problem
 
 
 def test_the_kit_itself_leaves_the_global_generators_alone():
