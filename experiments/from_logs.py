@@ -20,6 +20,7 @@ from encoders.text import TextEncoder
 from experiments.prepare import JUDGES, ReplayTrips, Worlds
 from experiments.run_folder import stage, write_text
 from simulators.base import Catalog, SimSpec, UserSimulator
+from simulators.exposed import ExposureSimulator, visitors
 from simulators.fidelity import fidelity, lines
 from simulators.fit import moment
 from simulators.fitted import FittedSimulator
@@ -58,21 +59,42 @@ def from_logs(cfg: DictConfig, device: str) -> Worlds:
             )
         print(f"fit users: {len(ours.users)} households to train on, {len(others.users)} to judge "
               f"with, {len(first)} of them come after the cut", flush=True)  # fmt: skip
+        users = None if describes_users(cfg) else first.users()
         specs = {"train": SimSpec(ours, catalog, device, cfg.seed)} | {
-            f"judge {i}": SimSpec(others, catalog, device, JUDGES + i, first.users(), True)
+            f"judge {i}": SimSpec(others, catalog, device, JUDGES + i, users, True)
             for i in range(cfg.evaluators)
         }
         made, checked = fit_all(cfg, specs, lambda: check(cfg, logs, catalog))
+        made = {name: after_the_cut(name, sim, others) for name, sim in made.items()}
         if checked:  # a simulator of another kind has no such figures
             print("\n".join(lines(checked)), flush=True)
-    rows = np.random.default_rng(SPLIT).permutation(len(judges))
-    rows = rows[np.diff(judges.pointer)[rows] > 0][:REPLAYED]  # trips that bought of the catalogue
-    replayed = judges[np.sort(rows)]
-    replay = ReplayTrips(replayed.users(), torch.from_numpy(replayed.padded())).to(device)
+    replay = None if describes_users(cfg) else replay_trips(judges).to(device)
     train, *test = made.values()
     return Worlds(train, test, events_before(cfg, logs, catalog), replay, checked, notes=[],
                   seconds=seconds, specs=tuple(specs.values())[1:],
                   gate=gate_line(cfg.env_name, train))  # fmt: skip
+
+
+def replay_trips(judges: Trips) -> ReplayTrips:
+    """Some trips after the cut that bought of the catalogue."""
+    rows = np.random.default_rng(SPLIT).permutation(len(judges))
+    rows = rows[np.diff(judges.pointer)[rows] > 0][:REPLAYED]
+    replayed = judges[np.sort(rows)]
+    return ReplayTrips(replayed.users(), torch.from_numpy(replayed.padded()))
+
+
+def describes_users(cfg: DictConfig) -> bool:
+    """Whether the simulator reads users off impressions itself, not off trips."""
+    return "impression" in cfg.env.simulator
+
+
+def after_the_cut(name: str, simulator: UserSimulator, others: Logs) -> UserSimulator:
+    """Judges who read users off impressions serve those who come after the cut."""
+    if name == "train" or not isinstance(simulator, ExposureSimulator):
+        return simulator
+    later = visitors(simulator, others, since=simulator.catalog.as_of)
+    simulator.users = later.to(simulator.catalog.vectors.device)
+    return simulator
 
 
 def events_before(cfg: DictConfig, logs: Logs, catalog: Catalog) -> Interactions:
@@ -110,6 +132,8 @@ def fit_all(
 
 def check(cfg: DictConfig, logs: Logs, catalog: Catalog) -> dict[str, Any]:
     """Held-out figures of the same model fitted to all households, on their trips after the cut."""
+    if describes_users(cfg):
+        return {}
     whole = instantiate(cfg.env.simulator, SimSpec(logs, catalog, "cpu", 0), _convert_="all")
     if not isinstance(whole, FittedSimulator):
         return {}

@@ -1,0 +1,43 @@
+"""From a log of impressions to worlds: judges are other users, as they come after the cut."""
+
+import feeds
+import pytest
+from test_from_logs import config, no_bert
+
+from experiments.prepare import prepare
+from simulators.exposed import ExposureSimulator
+from simulators.fit import moment
+
+__all__ = ["no_bert"]  # a fixture for this file as well
+SIMULATOR = {"_target_": "simulators.exposed.ExposureSimulator.fit", "impression": "shown",
+             "epochs": 1}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def worlds(no_bert):
+    cfg = config("feeds.feed", evaluators=2)
+    cfg.env.simulator = SIMULATOR
+    cfg.env.catalog.size = 40
+    return prepare(cfg, "cpu")
+
+
+def test_judges_are_other_users_after_the_cut(worlds):
+    assert isinstance(worlds.train, ExposureSimulator)
+    cut = worlds.train.catalog.as_of
+    assert (worlds.train.users.start < cut).all()
+    for judge in worlds.test:
+        assert (judge.users.start >= cut).all()
+        assert not set(judge.users.ids) & set(worlds.train.users.ids)
+    later = feeds.feed().since(moment(cut)).events["user"].unique()
+    assert set(worlds.test[0].users.ids) <= set(later)
+
+
+def test_there_are_no_trips_to_replay_and_no_gate_of_trips(worlds):
+    assert worlds.replay is None
+    assert worlds.gate == ""
+    assert worlds.fidelity == {}
+
+
+def test_agents_meet_profiles_of_one_width(worlds):
+    widths = {world.users.profile.shape[1] for world in (worlds.train, *worlds.test)}
+    assert len(widths) == 1
