@@ -14,7 +14,6 @@ if __name__ == "__main__":
     sys.argv[1:] = cli.check("check_simulator", __doc__, sys.argv[1:])  # before torch: at once
 
 import json
-import os
 from dataclasses import asdict
 from itertools import combinations
 from typing import Any
@@ -44,7 +43,7 @@ from experiments.from_logs import (
 from experiments.gate_page import write_page
 from experiments.policies import SESSIONS_SEED, agent_spec, make_env, named_agent, session_list
 from experiments.prepare import JUDGES, Worlds
-from experiments.run_folder import ROOT, plain, write_text
+from experiments.run_folder import plain, writable_home, write_text
 from simulators.base import Catalog, SimSpec, UserSimulator
 from simulators.fidelity import hits
 from simulators.fit import moment
@@ -104,15 +103,13 @@ def main(cfg: DictConfig) -> None:
         checks, more = gate(cfg, simulator, logs, (ours, others), catalog, limits)
         print("\n".join(["", *lines(checks)]))
         remember_gate(simulator.fit_key, checks)
-        folder = Path(cfg.out_dir) if cfg.out_dir else home() / "runs" / cfg.env_name / "gate"
+        folder = (
+            Path(cfg.out_dir) if cfg.out_dir else writable_home() / "runs" / cfg.env_name / "gate"
+        )
         print(f"page: {write_page(folder, cfg.env_name, checks, more)}")
         if cfg.out:
             said = [json.dumps(plain(asdict(check)), allow_nan=False) for check in checks]
             write_text(Path(cfg.out), "\n".join(said) + "\n")
-
-
-def home() -> Path:
-    return ROOT if os.access(ROOT, os.W_OK) else Path.cwd()
 
 
 def thresholds(cfg: DictConfig) -> dict[str, float]:

@@ -199,7 +199,8 @@ def plain_errors() -> Iterator[None]:
         if isinstance(cause, TypeError) and cause is error:
             raise  # a fault of ours, not of what was typed
         place = str(error).partition("full_key: ")[2]
-        kind = WRONG_KIND if isinstance(cause, TypeError) else ""
+        raw = isinstance(cause, TypeError) and "unexpected keyword" not in str(cause)
+        kind = WRONG_KIND if raw else ""
         fail(f"{cause}{kind}{f' ({place})' if place else ''}")
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted. {interrupt}", file=sys.stderr)

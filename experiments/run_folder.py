@@ -41,8 +41,12 @@ def open_folder(cfg: DictConfig) -> Path:
 
 def home_of(cfg: DictConfig) -> Path:
     """Where runs of this agent in this environment go when nothing else is said."""
-    root = ROOT if os.access(ROOT, os.W_OK) else Path.cwd()
-    return root / "runs" / cfg.env_name / cfg.agent_name
+    return writable_home() / "runs" / cfg.env_name / cfg.agent_name
+
+
+def writable_home() -> Path:
+    """The repository, or the current folder where that cannot be written."""
+    return ROOT if os.access(ROOT, os.W_OK) else Path.cwd()
 
 
 def versions() -> dict[str, str]:

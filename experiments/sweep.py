@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from experiments import gym_results
 from experiments.cli import CONF, load
-from experiments.run_folder import ROOT
+from experiments.run_folder import ROOT, writable_home
 
 SWEEP = "RECPLAY_SWEEP"  # where the runs of this sweep go: set once, known to all its jobs
 
@@ -23,10 +23,9 @@ class Sweep(Callback):
     """Hydra's callback: name the folder before the first job, write the report after the last."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        home = ROOT if os.access(ROOT, os.W_OK) else Path.cwd()
         stamp = time.strftime("%Y%m%d-%H%M%S")
         given = config.get("run_dir")  # of all runs together: each gets a folder in it
-        os.environ.setdefault(SWEEP, str(given or home / "runs" / f"sweep-{stamp}"))
+        os.environ.setdefault(SWEEP, str(given or writable_home() / "runs" / f"sweep-{stamp}"))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         place = Path(os.environ.pop(SWEEP))

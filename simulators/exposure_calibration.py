@@ -151,3 +151,20 @@ def _values(
         figures[f"q{share:g}"] = float(np.quantile(value[some], share))
         figures[f"predicted_q{share:g}"] = float(np.quantile(drawn, share))
     return figures
+
+
+def lines(figures: dict[str, Any]) -> list[str]:
+    """The figures in words, a behaviour a line."""
+    said = [
+        f"held out: {figures['impressions']} impressions of {figures['users']} users after the cut"
+    ]
+    for name, f in figures["behaviours"].items():
+        if name == "value":
+            said.append(f"  value: mean {f['mean']:.3f} logged, {f['predicted']:.3f} predicted")
+            continue
+        said.append(
+            f"  {name}: {f['rate']:.4f} logged, {f['predicted']:.4f} predicted; calibration error "
+            f"{f['ece_share']:.1%} of the rate ({f['ece_by_chance'] / max(f['rate'], 1e-12):.1%} "
+            f"by chance); log loss {f['log_loss']:.4f}, of a constant {f['log_loss_constant']:.4f}"
+        )
+    return said

@@ -53,8 +53,12 @@ RULES = ("min", "max", "present", "values")
 IDS = ("user", "item", "source", "target", *OPTIONAL_IDS)
 
 
-def load(config: str | Path, *, cache_dir: str | Path | None = None) -> Logs:
+def load(config: str | Path | None, *, cache_dir: str | Path | None = None) -> Logs:
     """Read the tables that the yaml `config` describes; prepared anew only when they change."""
+    if config is None:
+        raise ValueError(
+            "config is null: give the yaml that describes your tables (config=my.yaml)"
+        )
     path = Path(config)
     about = _read_config(path)
     stamp = [PREPARED, about]
