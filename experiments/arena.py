@@ -42,6 +42,7 @@ class Arena:
     log: Callable[..., DecisionWriter] | None = None  # folder, policy, adaptive=, resume=
     worlds: Worlds | None = None  # of a shop
     gate: str = ""  # what check_simulator.py said of its users
+    second: Callable[[dict[str, Agent]], Rows] | None = None  # the table on users of another kind
 
 
 def arena(cfg: DictConfig, device: str, steps: int) -> Arena:
@@ -57,6 +58,11 @@ def shop(cfg: DictConfig, worlds: Worlds, device: str, steps: int) -> Arena:
     """Users fitted to a log, or synthetic ones: some to train on, others to judge."""
     simulator = worlds.train
     judges = worlds
+    if not cfg.env.get("session"):
+        raise ValueError(
+            f"env={cfg.env_name} has no session: its yaml needs session: {{slate_size: 1, "
+            "max_steps: 20, reward: ...}, as experiments/conf/env/tiny.yaml has it"
+        )
     for key in ("slate_size", "max_steps"):
         size = cfg.env.session.get(key)
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -76,6 +82,10 @@ def shop(cfg: DictConfig, worlds: Worlds, device: str, steps: int) -> Arena:
         assert mask is not None
         return regret(simulator.relevance(few), mask[:REGRET_USERS], slate[:REGRET_USERS])
 
+    second = None
+    if worlds.second is not None:
+        other = replace(worlds, test=[worlds.second], specs=(), replay=None)
+        second = lambda agents: judge(cfg, other, agents, device)  # noqa: E731
     return Arena(
         spec=replace(agent_spec(cfg, worlds, device), total_steps=steps),
         catalog=simulator.catalog.fingerprint(),
@@ -91,6 +101,7 @@ def shop(cfg: DictConfig, worlds: Worlds, device: str, steps: int) -> Arena:
         log=lambda *args, **settings: decision_log(cfg, simulator, *args, **settings),
         worlds=worlds,
         gate=worlds.gate,
+        second=second,
     )
 
 

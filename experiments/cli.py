@@ -193,7 +193,9 @@ def plain_errors() -> Iterator[None]:
         cause = (error.__cause__ or error) if made else error
         if made and (cause is error or isinstance(cause, ImportError | AttributeError)):
             said = " ".join(str(error).split()).replace(HYDRA_HINT, "")
-            fail(f"{said}: is the name right, and its folder on PYTHONPATH?")
+            why = error.__cause__
+            because = f" ({why})" if why is not None and str(why) not in said else ""
+            fail(f"{said}{because}: is the name right, and its folder on PYTHONPATH?")
         if not isinstance(cause, ValueError | TypeError | OSError):
             raise
         if isinstance(cause, TypeError) and cause is error:

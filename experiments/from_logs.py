@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from agents.interactions import Interactions
@@ -19,11 +19,11 @@ from encoders.items import interactions
 from encoders.text import TextEncoder
 from experiments.prepare import JUDGES, ReplayTrips, Worlds
 from experiments.run_folder import stage, write_text
-from simulators.base import Catalog, SimSpec, UserSimulator
+from simulators.base import Catalog, SimSpec, UserSimulator, UserTable
 from simulators.exposed import ExposureSimulator, visitors
 from simulators.fidelity import fidelity, lines
 from simulators.fit import moment
-from simulators.fitted import FittedSimulator
+from simulators.fitted import Assumptions, FittedSimulator
 from simulators.gate import Check
 from simulators.trips import Trips, trips_from_logs
 from sources.cache import cache_folder, cached
@@ -68,11 +68,34 @@ def from_logs(cfg: DictConfig, device: str) -> Worlds:
         made = {name: after_the_cut(name, sim, others) for name, sim in made.items()}
         if checked:  # a simulator of another kind has no such figures
             print("\n".join(lines(checked)), flush=True)
+        second = second_opinion(cfg, others, catalog, device, first.users())
     replay = None if describes_users(cfg) else replay_trips(judges).to(device)
     train, *test = made.values()
     return Worlds(train, test, events_before(cfg, logs, catalog), replay, checked, notes=[],
                   seconds=seconds, specs=tuple(specs.values())[1:],
-                  gate=gate_line(cfg.env_name, train))  # fmt: skip
+                  gate=gate_line(cfg.env_name, train), second=second)  # fmt: skip
+
+
+def second_opinion(
+    cfg: DictConfig, others: Logs, catalog: Catalog, device: str, users: UserTable
+) -> UserSimulator | None:
+    """Users whose wishes are boosted trees, with the assumptions of the others; None if not asked.
+
+    Whoever wins only on users of the kind it was trained on has learnt their faults.
+    """
+    if not cfg.get("second_opinion"):
+        return None
+    if not str(cfg.env.simulator._target_).endswith("FittedSimulator.fit"):
+        raise ValueError(
+            f"second_opinion=true is for users fitted to trips, env={cfg.env_name} has "
+            f"{cfg.env.simulator._target_}: leave it out"
+        )
+    from simulators.boosted import BoostedSimulator
+
+    given: Any = OmegaConf.to_container(cfg.env.simulator, resolve=True)
+    kept = ("window", *Assumptions.__dataclass_fields__)
+    settings = {name: given[name] for name in kept if name in given}
+    return BoostedSimulator.fit(SimSpec(others, catalog, device, JUDGES, users, True), **settings)
 
 
 def replay_trips(judges: Trips) -> ReplayTrips:

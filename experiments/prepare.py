@@ -39,6 +39,7 @@ class Worlds:
     seconds: dict[str, float] = field(default_factory=dict)  # by stage, where it has several
     specs: tuple[SimSpec, ...] = ()  # of `test`: what they were made from, to make others like them
     gate: str = ""  # what check_simulator.py said of the users
+    second: UserSimulator | None = None  # users of another kind, of the households that judge
 
 
 def prepare(cfg: DictConfig, device: str) -> Worlds:

@@ -71,17 +71,20 @@ def main(cfg: DictConfig) -> None:
             trained, best = train(cfg, world, agent, folder, steps, saved)
         with stage("evaluate", seconds):
             rows = world.judge({**agents, cfg.agent_name: agent})
+            second = world.second({**agents, cfg.agent_name: agent}) if world.second else None
         with stage("log", seconds):
             log_frozen(cfg, world, agent, folder, device)
 
         result = {
             "env": cfg.env_name, "agent": cfg.agent_name, "seed": cfg.seed, "steps": steps,
-            "trained": trained,
-            "table": rows, "seconds": {**world.seconds, **seconds}, "fidelity": world.fidelity,
-            "best_eval": best,
+            "trained": trained, "table": rows, "second_opinion": second, "best_eval": best,
+            "seconds": {**world.seconds, **seconds}, "fidelity": world.fidelity,
         }  # fmt: skip
         write_json(folder / "result.json", result)
         said = ["", *lines(rows, world.baseline), ""]
+        if second is not None:
+            said += ["on users of another kind, gradient boosting on the same log:",
+                     *lines(second, world.baseline), ""]  # fmt: skip
         if world.gate:
             said.append(world.gate)
         print("\n".join([*said, f"tensorboard --logdir {folder / 'tensorboard'}"]))
