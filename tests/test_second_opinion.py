@@ -5,6 +5,7 @@ from omegaconf import OmegaConf
 from test_from_logs import config, no_bert
 
 from experiments.arena import shop
+from experiments.from_logs import second_opinion
 from experiments.policies import named_agent
 from experiments.prepare import prepare
 from simulators.boosted import BoostedPreference
@@ -48,6 +49,4 @@ def test_it_is_asked_for_and_only_of_users_fitted_to_trips(asked):
     assert prepare(plain, "cpu").second is None
     other = OmegaConf.merge(asked, {"env": {"simulator": {"_target_": "elsewhere.Users"}}})
     with pytest.raises(ValueError, match="second_opinion=true is for users fitted to trips"):
-        from experiments.from_logs import second_opinion
-
         second_opinion(other, None, None, "cpu", None)
