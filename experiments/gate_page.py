@@ -9,6 +9,7 @@ from evaluation.page import document, section, tabular, text
 from experiments.run_folder import write_text
 from simulators.gate import WORDS, Check
 
+LOGS = ("spend", "gap", "repeat_age", "price")  # features that are logarithms
 CURVES = ("size", "spend", "gap", "hour", "repeat_age", "price")
 
 
@@ -71,7 +72,7 @@ def draw(path: Path, more: dict[str, Any]) -> None:
         edges = np.linspace(low, max(high, low + 1e-6), 25)
         for x, label, style in zip(pair, ("real", "simulated"), ("-", "--"), strict=True):
             axis.stairs(np.histogram(x, edges)[0] / len(x), edges, label=label, linestyle=style)
-        axis.set_title(WORDS[name], fontsize=10)
+        axis.set_title(f"{WORDS[name]}{', log' if name in LOGS else ''}", fontsize=10)
     axes[0].legend(fontsize=9)
     calibrated = more["calibration"]
     for axis, (key, title) in zip(

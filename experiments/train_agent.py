@@ -59,6 +59,7 @@ def main(cfg: DictConfig) -> None:
         saved = before.checkpoint if before else None
         if cfg.checkpoint and saved is None:
             load_checkpoint(Path(cfg.checkpoint), agent, world.catalog, device)
+            refuse_ended_schedule(cfg, agent, steps)
 
         world.env()  # refuses what no session can be
         folder = before.folder if before else open_folder(cfg)  # not before all that was typed fits
@@ -210,6 +211,17 @@ def refuse_offline(cfg: DictConfig, agent: Any) -> None:
             f"{cfg.agent_name} learns from a decision log, not from serving users: "
             f"python experiments/train_offline.py run=RUN_DIR agent={cfg.agent_name}, where "
             "RUN_DIR is the folder of a run of this command"
+        )
+
+
+def refuse_ended_schedule(cfg: DictConfig, agent: Any, steps: int) -> None:
+    """Refuse to train weights whose env steps, which count on, are beyond the schedule's end."""
+    behind = getattr(agent, "env_steps", 0)
+    if getattr(agent, "schedule", "constant") != "constant" and behind >= steps:
+        raise ValueError(
+            f"checkpoint={cfg.checkpoint} has {behind} env steps behind it, and the learning rate "
+            f"of agent.schedule={agent.schedule} ends at steps={steps}: nothing would be learnt. "
+            "Give agent.schedule=constant, or more steps"
         )
 
 

@@ -239,8 +239,8 @@ def divergence(found: Walked, kind: np.ndarray, n: int, rng: np.random.Generator
         times = rng.multinomial(found.users, np.full(found.users, 1 / found.users))
         drawn.append(jensen_shannon(*(board.T @ times for board in boards)))
     value = jensen_shannon(*(np.asarray(board.sum(axis=0)).ravel() for board in boards))
-    # samples of users differ by chance as well, so they lie too far apart: turned around the value
-    low, high = 2 * value - np.percentile(drawn, [97.5, 2.5])
+    # users drawn twice lie further apart by that alone: the spread of the draws, about the value
+    low, high = value + np.percentile(drawn, [2.5, 97.5]) - np.mean(drawn)
     return Distance(value, max(float(low), 0.0), float(high))
 
 

@@ -159,6 +159,17 @@ def test_the_checkpoint_goes_on_where_it_stopped(run: Path, tmp_path: Path) -> N
     assert again["table"][3]["mean_reward"] > 0.8 * before[3]["mean_reward"]
 
 
+def test_weights_whose_schedule_is_over_are_not_trained_in_vain(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["agent=dqn", "frozen_users=0", "eval_every=0", "agent.learning_starts=64"]
+    command(tmp_path / "a", *words, "steps=256")
+    more = [*words, "agent.schedule=linear", f"checkpoint={tmp_path / 'a' / 'checkpoint'}"]
+    assert "256 env steps behind it" in refusal(capsys, tmp_path / "b", *more, "steps=256")
+    assert not (tmp_path / "b").exists()
+    command(tmp_path / "b", *more, "steps=512")
+
+
 def test_the_same_seed_gives_the_same_table_to_the_last_bit(run: Path, tmp_path: Path) -> None:
     first = json.loads((run / "result.json").read_text())["table"]
     assert command(tmp_path / "a", "agent=dqn", "steps=1500")["table"] == first
