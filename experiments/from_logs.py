@@ -197,7 +197,7 @@ def gate_line(env_name: str, simulator: UserSimulator) -> str:
     """What the gate said of the users that were trained on; "" for users of another kind."""
     if not isinstance(simulator, FittedSimulator):
         return ""
-    command = f"python experiments/check_simulator.py env={env_name}"
+    command = f"python experiments/check_simulator.py env={env_name} (with the same env.* keys)"
     try:
         verdict = json.loads(gate_entry(simulator.fit_key).read_text())
     except (OSError, ValueError):
