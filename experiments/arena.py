@@ -82,10 +82,11 @@ def shop(cfg: DictConfig, worlds: Worlds, device: str, steps: int) -> Arena:
         assert mask is not None
         return regret(simulator.relevance(few), mask[:REGRET_USERS], slate[:REGRET_USERS])
 
-    second = None
-    if worlds.second is not None:
+    def asked_again(agents: dict[str, Agent]) -> Rows:
+        assert worlds.second is not None
         other = replace(worlds, test=[worlds.second], specs=(), replay=None)
-        second = lambda agents: judge(cfg, other, agents, device)  # noqa: E731
+        return judge(cfg, other, agents, device)
+
     return Arena(
         spec=replace(agent_spec(cfg, worlds, device), total_steps=steps),
         catalog=simulator.catalog.fingerprint(),
@@ -101,7 +102,7 @@ def shop(cfg: DictConfig, worlds: Worlds, device: str, steps: int) -> Arena:
         log=lambda *args, **settings: decision_log(cfg, simulator, *args, **settings),
         worlds=worlds,
         gate=worlds.gate,
-        second=second,
+        second=asked_again if worlds.second is not None else None,
     )
 
 

@@ -29,40 +29,45 @@ from agents.base import AgentSpec
 from agents.interactions import Interactions
 from agents.linear import EASE
 from encoders.items import interactions
-from encoders.state import EMPTY, Observation, calendar
 from evaluation.online import play
 from experiments.from_logs import (
     SPLIT,
     coverage_line,
     events_before,
     first_trips,
+    held_out_trips,
     remember_gate,
     summary,
     with_levels,
 )
 from experiments.gate_page import write_page
-from experiments.policies import SESSIONS_SEED, agent_spec, make_env, named_agent, session_list
+from experiments.policies import (
+    SESSIONS_SEED,
+    agent_spec,
+    make_env,
+    named_agent,
+    opening,
+    session_list,
+)
 from experiments.prepare import JUDGES, Worlds
 from experiments.run_folder import plain, writable_home, write_text
 from simulators.base import Catalog, SimSpec, UserSimulator
-from simulators.fidelity import hits
+from simulators.fidelity import HeldOut, hits, priced
 from simulators.fit import moment
 from simulators.fitted import FittedSimulator
 from simulators.gate import (
     THRESHOLDS,
     Check,
-    HeldOut,
     above,
     at_least,
     calibration_checks,
     lines,
-    priced,
     walk_checks,
     walked,
 )
 from simulators.organic import fit_alone
 from simulators.realism import Distance
-from simulators.trips import Trips, trips_from_logs
+from simulators.trips import trips_from_logs
 from sources.logs import Logs
 
 RIVALS = {  # of the ranking: what is scored, and against what
@@ -137,6 +142,11 @@ def gate(
     asked = {name: np.nan if value is None else value for name, value in limits.items()}
     with tqdm(total=4, desc="gate", unit="part", disable=not cfg.progress) as bar:
         trips = held_out_trips(others, catalog)
+        if not len(trips) or not len(trips.bought):
+            raise ValueError(
+                f"{logs.name}: no household to judge with bought of the catalogue after the cut at "
+                f"{moment(catalog.as_of):%Y-%m-%d}: choose an earlier cut (env.catalog.cut)"
+            )
         held = priced(simulator.preference, trips)
         checks, calibrated = calibration_checks(held, simulator.preference.log_rate, asked)
         bar.update()
@@ -155,19 +165,6 @@ def gate(
     return kept, {"calibration": calibrated, "looks": looks, "walked": found}
 
 
-def held_out_trips(logs: Logs, catalog: Catalog) -> Trips:
-    """Trips after the cut of households that had come before."""
-    trips = trips_from_logs(logs, catalog.ids, since=catalog.as_of)
-    past = logs.before(moment(catalog.as_of))
-    trips = trips[np.isin(trips.user, past.events["user"].unique())]
-    if not len(trips) or not len(trips.bought):
-        raise ValueError(
-            f"{logs.name}: no household to judge with bought of the catalogue after the cut at "
-            f"{moment(catalog.as_of):%Y-%m-%d}: choose an earlier cut (env.catalog.cut)"
-        )
-    return trips
-
-
 def ranking_checks(
     held: HeldOut, ours: Logs, catalog: Catalog, limits: dict[str, float], cfg: DictConfig,
     log_rate: torch.Tensor,
@@ -181,7 +178,7 @@ def ranking_checks(
     counts, _ = interactions(before, catalog.ids)
     ease = EASE(Interactions.of(counts), lam=cfg.ease_lam, seed=cfg.seed)
     first = np.unique(held.trips.user, return_index=True)[1]
-    obs = opening(held.trips[first])
+    obs = opening(held.trips[first].users(), 1, 1)
     found = hits(
         held.theta, held.bought, held.trips, counts, log_rate, cfg.seed, {"EASE": ease.scores(obs)}
     )
@@ -196,20 +193,6 @@ def ranking_checks(
         )
         checks.append(above(name, Distance(mean, mean - error, mean + error), limits, said))
     return checks
-
-
-def opening(trips: Trips) -> Observation:
-    """What is seen as trips begin, nothing shown yet."""
-    m = len(trips)
-    return Observation(
-        profile=torch.from_numpy(trips.profile),
-        past=torch.from_numpy(trips.past).long(),
-        past_count=torch.from_numpy(trips.count),
-        past_age=torch.from_numpy(trips.age),
-        history=torch.full((m, 1), EMPTY),
-        feedback=torch.zeros(m, 1, 1),
-        context=calendar(torch.from_numpy(trips.time)),
-    )
 
 
 def agreement(

@@ -116,7 +116,7 @@ def ranking_of(
         return {}
     trips = worlds.replay
     session, n = cfg.env.session, worlds.events.num_items
-    obs = opening(trips, session.slate_size * session.max_steps, len(worlds.train.behaviours))
+    obs = opening(trips.users, session.slate_size * session.max_steps, len(worlds.train.behaviours))
     relevant = listed(trips.bought, n)
     found = {}
     for name, seeds in agents.items():

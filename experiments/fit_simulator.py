@@ -17,23 +17,19 @@ if __name__ == "__main__":
 from typing import Any
 
 import hydra
-import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from encoders.items import interactions
-from experiments.from_logs import SPLIT, coverage_line, summary, with_levels
+from experiments.from_logs import SPLIT, coverage_line, held_out_figures, summary, with_levels
 from experiments.run_folder import writable_home
 from simulators.base import Catalog, SimSpec
 from simulators.catalog import catalog_from_logs, save_catalog
 from simulators.exposed import ExposureSimulator
 from simulators.exposure_calibration import calibration
 from simulators.exposure_calibration import lines as said_of_answers
-from simulators.fidelity import fidelity, lines
-from simulators.fit import moment
+from simulators.fidelity import lines
 from simulators.fitted import FittedSimulator
-from simulators.trips import trips_from_logs
 from sources.logs import Logs
 
 NOT_THE_LOG = ("models", "repeats", "split")  # what a data yaml says for rank_baselines.py
@@ -76,11 +72,7 @@ def fitted(cfg: DictConfig, logs: Logs, catalog: Catalog) -> tuple[Any, list[str
         shown = ExposureSimulator.fit(SimSpec(ours, catalog, "cpu", cfg.seed), epochs=cfg.epochs)
         return shown, said_of_answers(calibration(shown, others, seed=cfg.seed))
     users = FittedSimulator.fit(spec, window=cfg.window, epochs=cfg.epochs, hidden=cfg.hidden)
-    past = logs.before(moment(catalog.as_of))
-    trips = trips_from_logs(logs, catalog.ids, since=catalog.as_of)
-    trips = trips[np.isin(trips.user, past.events["user"].unique())]
-    counts = interactions(past, catalog.ids)[0]
-    return users, lines(fidelity(users.preference, trips, counts, users.preference.log_rate))
+    return users, lines(held_out_figures(users, logs, catalog))
 
 
 if __name__ == "__main__":

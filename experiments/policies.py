@@ -19,7 +19,7 @@ from envs.recommend import RecommendVectorEnv
 from evaluation.online import Sessions, play, replay, table
 from experiments.cli import advise
 from experiments.oracle import play_oracle
-from experiments.prepare import ReplayTrips, Worlds
+from experiments.prepare import Worlds
 from simulators.base import UserSimulator, UserTable
 
 DEFAULT_STEPS = 100_000  # env steps of training where nothing else is said
@@ -162,15 +162,15 @@ def replay_value(cfg: DictConfig, agent: Agent, worlds: Worlds) -> float | None:
     session = cfg.env.session
     steps = min(-(-cfg.replay_items // session.slate_size), session.max_steps)
     obs = opening(
-        worlds.replay, session.slate_size * session.max_steps, len(worlds.train.behaviours)
+        worlds.replay.users, session.slate_size * session.max_steps, len(worlds.train.behaviours)
     )
     found = replay(agent, obs, worlds.replay.bought, steps=steps, slate_size=session.slate_size)
     return found.double().mean().item()
 
 
-def opening(trips: ReplayTrips, places: int, behaviours: int) -> Observation:
-    """What is seen as M trips begin: L `places` of empty history."""
-    users, m = trips.users, len(trips.users)
+def opening(users: UserTable, places: int, behaviours: int) -> Observation:
+    """What is seen as trips of M users begin: L `places` of empty history."""
+    m = len(users)
     device = users.past.device
     return Observation(
         profile=users.profile,

@@ -263,6 +263,12 @@ def checked(cfg: DictConfig) -> tuple[str, int]:
         raise ValueError(f"resume must be null or auto, got {cfg.resume!r}")
     if cfg.early_stopping and not cfg.eval_every:
         raise ValueError("early_stopping needs evaluations on the way: eval_every above 0")
+    target = str((cfg.env.get("simulator") or {}).get("_target_"))
+    if cfg.second_opinion and not target.endswith(".FittedSimulator.fit"):
+        raise ValueError(
+            f"second_opinion=true is for users fitted to trips (simulators.fitted), env="
+            f"{cfg.env_name} has {target}: leave it out"
+        )
     if cfg.seed >= 2**31:
         raise ValueError(f"seed must be below 2**31, got {cfg.seed}")
     if isinstance(cfg.baselines, str):

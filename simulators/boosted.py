@@ -16,21 +16,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, softplus
 
-from encoders.items import interactions
 from encoders.state import EMPTY
 from simulators.base import Catalog, SimSpec
-from simulators.fit import item_facts, moment, starting_points, store
-from simulators.fitted import Assumptions, FittedSimulator, _load, _table
-from simulators.habits import Habits, fit_habits
+from simulators.fit import fit_once, load_state, user_table
+from simulators.fitted import Assumptions, FittedSimulator
+from simulators.habits import Habits
 from simulators.preference import RECENT, ItemFacts, Preference, sample_pairs
-from simulators.trips import Trips, trips_from_logs
-from sources.cache import cached
-from sources.logs import Logs
+from simulators.trips import Trips
 
 FORMAT = 1  # of a saved fit; raised when its content or meaning changes
 DEPTH, LEAVES, RATE = 6, 31, 0.1  # of a tree, and the share of each tree that is added
@@ -221,6 +217,10 @@ class BoostedPreference(nn.Module):
         state["features"][:, first : first + 3] = scalars.float()
         return state
 
+    def renew(self, facts: ItemFacts) -> None:
+        """Take over what is known of the items at a later moment; what was learnt stays."""
+        self.seen.renew(facts)
+
     def own_board(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """How often and how many days ago each item was bought, (B, N) each."""
         return self.seen.own_board(state)
@@ -301,42 +301,6 @@ def set_aside(user: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.asarray((rng.permutation(who.max() + 1) < HELD * (who.max() + 1))[who])
 
 
-def fit_boosted(
-    logs: Logs, catalog: Catalog, window: float, trees: int, seed: int, bootstrap: bool
-) -> dict[str, Any]:
-    """Fit trees and habits to the trips of the window; all the tensors that make the users."""
-    since = catalog.as_of - window
-    trips = trips_from_logs(logs, catalog.ids, since=since)
-    past = logs.before(moment(since))
-    lines = interactions(past, catalog.ids)[0].sum()
-    if min(len(trips), len(trips.bought), lines) < 100:
-        raise ValueError(
-            f"{logs.name}: {len(trips)} trips with {len(trips.bought)} purchases of the catalogue "
-            f"in the {window:g} days before the cut and {lines:g} before them are too few to fit "
-            "users to (100 of each): give a longer log, another window or a larger catalogue"
-        )
-    households, rng = np.unique(trips.user), np.random.default_rng(seed)
-    size = len(households)
-    times = rng.multinomial(size, np.full(size, 1 / size)) if bootstrap else np.ones(size, np.int64)
-    drawn = pd.Series(times, index=households)
-    weight = drawn.loc[trips.user].to_numpy(np.float64)  # (n,)
-    each = np.repeat(weight, np.diff(trips.pointer))
-    sold = np.bincount(trips.bought, each, minlength=len(catalog))
-    log_rate = torch.from_numpy(np.log((sold + 0.5) / weight.sum())).float()
-    draw = drawn if bootstrap else None
-    before = item_facts(past, catalog, log_rate, draw)
-    preference = boost_preference(trips, weight, before, trees=trees, seed=seed)
-    # From here on the model serves users after the window: item-to-item weights of all the past.
-    now = item_facts(logs, catalog, log_rate, draw)
-    for name in ("source", "target", "gap"):
-        getattr(preference.seen, name).copy_(getattr(now, name))
-    model = cast(Preference, preference)  # asked for `describe` and `logits`
-    habits = fit_habits(model, trips, weight, catalog.category.cpu(), seed)
-    users = trips[starting_points(trips, rng)].users()
-    table = vars(users) | {"ids": users.ids.tolist(), "ids_type": str(users.ids.dtype)}
-    return store(model, habits) | {"users": table}
-
-
 class BoostedSimulator:
     """Users like those of `FittedSimulator`, whose wishes are trees: it makes one of them."""
 
@@ -345,40 +309,36 @@ class BoostedSimulator:
         spec: SimSpec, *, window: float = 150.0, trees: int = 150, **assumed: Any
     ) -> FittedSimulator:
         """Fit to the `window` days before the catalogue's cut, or find such a fit again."""
-        if spec.logs is None or spec.catalog is None:
-            raise ValueError(
-                "a fitted simulator needs logs and a catalogue, got none: env.data is null"
-            )
         if not window > 0 or trees < 1:
             raise ValueError(
                 "window must be above 0 days and trees at least 1, got "
                 f"window={window}, trees={trees}"
             )
         Assumptions(**assumed)  # a wrong one is refused before the work
-        logs, catalog = spec.logs.before(moment(spec.catalog.as_of)), spec.catalog
-        key = (
-            f"boosted {FORMAT} {logs.fingerprint()} {catalog.fingerprint()} {window} {trees} "
-            f"{spec.seed} {spec.bootstrap}"
-        )
 
-        def make() -> dict[str, Any]:
-            return fit_boosted(logs, catalog, window, trees, spec.seed, spec.bootstrap)
+        def learn(trips: Trips, weight: np.ndarray, before: ItemFacts) -> Preference:
+            model = boost_preference(trips, weight, before, trees=trees, seed=spec.seed)
+            return cast(Preference, model)  # asked for `describe`, `logits` and `renew`
 
-        state = cached(key, make, torch.save, _load, what="the boosted users")
+        about = f"boosted {FORMAT} {trees}"
+        key, state = fit_once(spec, learn, about, window=window, what="the boosted users")
         parts = restore(state)
-        users = spec.users if spec.users is not None else _table(state["users"])
-        return FittedSimulator(catalog, *parts, users, device=spec.device, fit_key=key, **assumed)
+        users = spec.users if spec.users is not None else user_table(state["users"])
+        assert spec.catalog is not None
+        return FittedSimulator(
+            spec.catalog, *parts, users, device=spec.device, fit_key=key, **assumed
+        )
 
     @staticmethod
     def load(path: str | Path, catalog: Catalog, **assumed: Any) -> FittedSimulator:
         """Read what `save` of such users wrote; the catalogue must be the one of the fit."""
-        state = _load(Path(path))
+        state = load_state(Path(path))
         if state["catalog"] != catalog.fingerprint():
             raise ValueError(
                 f"{path} was fitted on another catalogue than the {len(catalog)} items given: "
                 "load the catalogue of that fit, or fit again"
             )
-        return FittedSimulator(catalog, *restore(state), _table(state["users"]), **assumed)
+        return FittedSimulator(catalog, *restore(state), user_table(state["users"]), **assumed)
 
 
 def restore(state: dict[str, Any]) -> tuple[Preference, Habits]:

@@ -4,6 +4,7 @@ Scored on trips after the cut of all households known before it, whole catalogue
 Baselines are computed here, from the same log before the cut, with seeded ties.
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,26 @@ CHUNK = 512  # trips scored at once
 QUANTILES = 100  # of the predictions, for the calibration error
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What is known of the trips after the cut of users the fit has not seen."""
+
+    trips: Trips
+    theta: Tensor  # (n, N) logits
+    bought: Tensor  # (n, N) bool
+
+
 @torch.no_grad()
+def priced(preference: Preference, trips: Trips) -> HeldOut:
+    """Price every item for every trip."""
+    theta, bought = [], []
+    for at in range(0, len(trips), CHUNK):
+        some = trips[np.arange(at, min(at + CHUNK, len(trips)))]
+        theta.append(preference.logits(describe_trips(preference, some)))
+        bought.append(bought_board(some, theta[-1].shape[1]))
+    return HeldOut(trips, torch.cat(theta), torch.cat(bought))
+
+
 def fidelity(
     preference: Preference, trips: Trips, counts: csr_matrix, log_rate: Tensor, seed: int = 0
 ) -> dict[str, Any]:
@@ -30,12 +50,8 @@ def fidelity(
         raise ValueError(
             "no trips after the cut to judge on: choose an earlier cut or a longer log"
         )
-    predicted, real = [], []
-    for start in range(0, len(trips), CHUNK):
-        some = trips[np.arange(start, min(start + CHUNK, len(trips)))]
-        predicted.append(preference.logits(describe_trips(preference, some)))
-        real.append(bought_board(some, len(log_rate)))
-    theta, bought = torch.cat(predicted), torch.cat(real)  # (n, N) each
+    held = priced(preference, trips)
+    theta, bought = held.theta, held.bought
     if not bought.any():
         raise ValueError(
             f"the {len(trips)} trips after the cut bought nothing of the {len(log_rate)} items of "

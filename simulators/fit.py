@@ -1,6 +1,7 @@
 """Fit the parts of a `FittedSimulator` to a log: all that is learnt, as plain tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 
 from encoders.items import interactions
-from simulators.base import Catalog
+from simulators.base import Catalog, SimSpec, UserTable
 from simulators.catalog import finest_categories
 from simulators.habits import Habits, fit_habits
-from simulators.preference import ItemFacts, Preference, fit_preference, item_to_item
+from simulators.preference import ItemFacts, Preference, item_to_item
 from simulators.trips import Trips, trips_from_logs
+from sources.cache import cached
 from sources.logs import Logs
 
 STARTS = 6  # starting points of a household among its trips before the cut
@@ -59,14 +61,34 @@ def usual_gap(logs: Logs, ids: np.ndarray) -> Tensor:
     return torch.from_numpy(usual).log()
 
 
+Learn = Callable[[Trips, np.ndarray, ItemFacts], Preference]  # from trips, weighted (n,)
+
+
+def fit_once(
+    spec: SimSpec, learn: Learn, about: str, *, window: float, what: str
+) -> tuple[str, dict[str, Any]]:
+    """The fit of `fit_model` that `about` names, and its key: made once, found again by content.
+
+    Everything that goes into `learn` must be in `about`.
+    """
+    if spec.logs is None or spec.catalog is None:
+        raise ValueError(
+            "a fitted simulator needs logs and a catalogue, got none: env.data is null"
+        )
+    logs, catalog = spec.logs.before(moment(spec.catalog.as_of)), spec.catalog
+    key = (
+        f"{about} {logs.fingerprint()} {catalog.fingerprint()} {window} {spec.seed} "
+        f"{spec.bootstrap}"
+    )
+
+    def make() -> dict[str, Any]:
+        return fit_model(logs, catalog, window, learn, spec.seed, spec.bootstrap)
+
+    return key, cached(key, make, torch.save, load_state, what=what)
+
+
 def fit_model(
-    logs: Logs,
-    catalog: Catalog,
-    window: float,
-    epochs: int,
-    hidden: int,
-    seed: int,
-    bootstrap: bool,
+    logs: Logs, catalog: Catalog, window: float, learn: Learn, seed: int, bootstrap: bool
 ) -> dict[str, Any]:
     """Fit preference and habits to the trips of the window; all the tensors that make the users."""
     since = catalog.as_of - window
@@ -95,11 +117,9 @@ def fit_model(
     log_rate = torch.from_numpy(np.log((sold + 0.5) / weight.sum())).float()
     draw = drawn if bootstrap else None
     before = item_facts(past, catalog, log_rate, draw)
-    preference = fit_preference(trips, weight, before, epochs=epochs, hidden=hidden, seed=seed)
+    preference = learn(trips, weight, before)
     # From here on the model serves users after the window: item-to-item weights of all the past.
-    now = item_facts(logs, catalog, log_rate, draw)
-    for name in ("source", "target", "gap"):
-        getattr(preference, name).copy_(getattr(now, name))
+    preference.renew(item_facts(logs, catalog, log_rate, draw))
     habits = fit_habits(preference, trips, weight, catalog.category.cpu(), seed)
     users = trips[starting_points(trips, rng)].users()
     table = vars(users) | {"ids": users.ids.tolist(), "ids_type": str(users.ids.dtype)}
@@ -130,3 +150,16 @@ def restore(state: dict[str, Any]) -> tuple[Preference, Habits]:
     preference = Preference(facts, features - Preference.extra, hidden)
     preference.load_state_dict(weights)
     return preference.eval().requires_grad_(False), Habits(**state["habits"])
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """A stored fit, on the CPU."""
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    return state
+
+
+def user_table(state: dict[str, Any]) -> UserTable:
+    """The users of a stored fit."""
+    state = dict(state)
+    kind = state.pop("ids_type")
+    return UserTable(**state | {"ids": np.array(state["ids"], dtype=kind)})

@@ -12,10 +12,10 @@ A product shown is judged as if the household were shopping alone: the choice am
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
@@ -25,10 +25,9 @@ from simulators import choice as choices
 from simulators import dynamics
 from simulators.base import Catalog, Response, SimSpec, UserState, UserTable
 from simulators.draws import Draws
-from simulators.fit import fit_model, moment, restore, store
+from simulators.fit import fit_once, load_state, restore, store, user_table
 from simulators.habits import Habits
-from simulators.preference import Preference
-from sources.cache import cached
+from simulators.preference import Preference, fit_preference
 
 FORMAT = 3  # of a saved fit; raised when its content or meaning changes
 BASKET = 40  # M: purchases of one trip; a household with a full basket goes home
@@ -110,29 +109,21 @@ class FittedSimulator:
         `assumed` are the fields of `Assumptions`. A fit is kept and found again by the content of
         all that goes in.
         """
-        if spec.logs is None or spec.catalog is None:
-            raise ValueError(
-                "a fitted simulator needs logs and a catalogue, got none: env.data is null"
-            )
         if not window > 0 or epochs < 1 or hidden < 1:
             raise ValueError(
                 "window must be above 0 days, epochs and hidden at least 1, got "
                 f"window={window}, epochs={epochs}, hidden={hidden}"
             )
         Assumptions(**assumed)  # a wrong one is refused before the work
-        logs, catalog = spec.logs.before(moment(spec.catalog.as_of)), spec.catalog
-        key = (
-            f"fit {FORMAT} {logs.fingerprint()} {catalog.fingerprint()} {window} {epochs} {hidden} "
-            f"{spec.seed} {spec.bootstrap}"
-        )
-
-        def make() -> dict[str, Any]:
-            return fit_model(logs, catalog, window, epochs, hidden, spec.seed, spec.bootstrap)
-
-        state = cached(key, make, torch.save, _load, what="the fitted users")
+        learn = partial(fit_preference, epochs=epochs, hidden=hidden, seed=spec.seed)
+        about = f"fit {FORMAT} {epochs} {hidden}"
+        key, state = fit_once(spec, learn, about, window=window, what="the fitted users")
         preference, habits = restore(state)
-        users = spec.users if spec.users is not None else _table(state["users"])
-        return cls(catalog, preference, habits, users, device=spec.device, fit_key=key, **assumed)
+        users = spec.users if spec.users is not None else user_table(state["users"])
+        assert spec.catalog is not None
+        return cls(
+            spec.catalog, preference, habits, users, device=spec.device, fit_key=key, **assumed
+        )
 
     @classmethod
     def default(cls) -> "FittedSimulator":
@@ -153,14 +144,14 @@ class FittedSimulator:
     @classmethod
     def load(cls, path: str | Path, catalog: Catalog, **assumed: Any) -> "FittedSimulator":
         """Read what `save` wrote; the catalogue must be the one it was fitted on."""
-        state = _load(Path(path))
+        state = load_state(Path(path))
         if state["catalog"] != catalog.fingerprint():
             raise ValueError(
                 f"{path} was fitted on another catalogue than the {len(catalog)} items given: "
                 "load the catalogue of that fit, or fit again"
             )
         preference, habits = restore(state)
-        return cls(catalog, preference, habits, _table(state["users"]), **assumed)
+        return cls(catalog, preference, habits, user_table(state["users"]), **assumed)
 
     def start(self, users: Tensor, draws: Draws) -> UserState:
         """Rows of `users` (B,) to the state of B households who enter."""
@@ -266,14 +257,3 @@ def fill(basket: Tensor, filled: Tensor, slate: Tensor, chosen: Tensor) -> tuple
     place = torch.where(chosen, filled[:, None] + chosen.cumsum(dim=1) - 1, size).clamp_max(size)
     room = torch.nn.functional.pad(basket, (0, 1), value=EMPTY)  # the last takes what does not fit
     return room.scatter_(1, place, slate)[:, :size], filled + chosen.sum(dim=1)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    return state
-
-
-def _table(state: dict[str, Any]) -> UserTable:
-    state = dict(state)
-    kind = state.pop("ids_type")
-    return UserTable(**state | {"ids": np.array(state["ids"], dtype=kind)})

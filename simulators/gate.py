@@ -10,31 +10,29 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from encoders.state import EMPTY
 from simulators.base import Catalog, UserTable
-from simulators.fidelity import calibration
+from simulators.fidelity import HeldOut, calibration
 from simulators.fit import moment
-from simulators.organic import Alone, Lines, lines_of, table_at, walk
-from simulators.preference import Preference, bought_board, describe_trips
+from simulators.organic import Alone, table_at, walk
 from simulators.realism import (
+    DRAWS,
     Distance,
     difference,
     jensen_shannon,
     ks,
     over_users,
+    spread,
     told_apart,
     visit_features,
 )
-from simulators.rhythm import Memory, visits_of
-from simulators.trips import Trips
+from simulators.rhythm import Memory
+from simulators.visits import Lines, lines_of, visits_of
 from sources.logs import Logs
 
-CHUNK = 512  # trips priced at once
-DRAWS = 200  # bootstrap samples of users
 CURVES = ("size", "spend", "gap", "hour", "weekday", "repeat_age", "price", "entropy", "within")
 
 THRESHOLDS: dict[str, float] = {
@@ -97,26 +95,6 @@ def _spread(found: Distance | float) -> tuple[float, float | None, float | None]
     return float(found), None, None
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """What is known of the trips after the cut of users the fit has not seen."""
-
-    trips: Trips
-    theta: Tensor  # (n, N) logits
-    bought: Tensor  # (n, N) bool
-
-
-@torch.no_grad()
-def priced(preference: Preference, trips: Trips) -> HeldOut:
-    """Price every item for every trip."""
-    theta, bought = [], []
-    for at in range(0, len(trips), CHUNK):
-        some = trips[np.arange(at, min(at + CHUNK, len(trips)))]
-        theta.append(preference.logits(describe_trips(preference, some)))
-        bought.append(bought_board(some, theta[-1].shape[1]))
-    return HeldOut(trips, torch.cat(theta), torch.cat(bought))
-
-
 def calibration_checks(
     held: HeldOut, log_rate: Tensor, limits: Mapping[str, float]
 ) -> tuple[list[Check], dict[str, Any]]:
@@ -167,8 +145,8 @@ def walked(alone: Alone, logs: Logs, catalog: Catalog, *, seed: int = 0) -> Walk
     rng = np.random.default_rng(seed)
     users = table_at(logs, catalog.ids, day)
     users = users_with_past(users)
-    past = visits_of(logs.before(moment(day)), catalog.ids, users.ids)
-    memory = Memory.after(past, len(users))
+    past = lines_of(logs.before(moment(day)), catalog.ids, users.ids)
+    memory = Memory.after(visits_of(past), len(users))
     simulated = walk(alone, users, memory, until=until, rng=rng)
     later = logs.since(moment(day)).before(moment(until))
     real = lines_of(later, catalog.ids, users.ids)
@@ -239,9 +217,7 @@ def divergence(found: Walked, kind: np.ndarray, n: int, rng: np.random.Generator
         times = rng.multinomial(found.users, np.full(found.users, 1 / found.users))
         drawn.append(jensen_shannon(*(board.T @ times for board in boards)))
     value = jensen_shannon(*(np.asarray(board.sum(axis=0)).ravel() for board in boards))
-    # users drawn twice lie further apart by that alone: the spread of the draws, about the value
-    low, high = value + np.percentile(drawn, [2.5, 97.5]) - np.mean(drawn)
-    return Distance(value, max(float(low), 0.0), float(high))
+    return spread(value, drawn)
 
 
 def lines(checks: list[Check]) -> list[str]:

@@ -18,57 +18,14 @@ from simulators.base import Catalog, UserTable
 from simulators.company import Company, fit_company
 from simulators.fit import moment
 from simulators.preference import Preference
-from simulators.rhythm import (
-    Memory,
-    Rhythm,
-    days_of,
-    fit_rhythm,
-    hour_of,
-    visits_of,
-    weekday_of,
-)
+from simulators.rhythm import Memory, Rhythm, fit_rhythm, hour_of, weekday_of
 from simulators.trips import trips_from_logs
+from simulators.visits import Lines, lines_of, visits_of
 from sources.logs import Logs
 
 BANK = 32  # lines of the past that an item's price, discount and value are drawn from
 A_DAY = 6  # visits of one user on one day at most
 ROWS = 64  # users priced at once
-
-
-@dataclass(frozen=True)
-class Lines:
-    """m lines of receipts, visit by visit; visits are numbered by user and time."""
-
-    user: np.ndarray  # (m,) int64 rows of a user table
-    visit: np.ndarray  # (m,) int64
-    time: np.ndarray  # (m,) float64 days
-    item: np.ndarray  # (m,) int64
-    value: np.ndarray  # (m,) float64 money of the line
-    price: np.ndarray  # (m,) float64 of a unit; nan where none is logged
-    discount: np.ndarray  # (m,) float64 share of the shelf price; nan where none is logged
-
-    def __len__(self) -> int:
-        return len(self.user)
-
-
-def lines_of(logs: Logs, items: np.ndarray, users: np.ndarray) -> Lines:
-    """Purchases of `items` by `users` as they stand in the log; a visit buys an item once."""
-    events = logs.events[logs.events["behaviour"].isin(logs.purchases)]
-    row = pd.Index(users).get_indexer(events["user"])
-    item = pd.Index(items).get_indexer(events["item"])
-    known = (row >= 0) & (item >= 0)
-    time = days_of(events["time"])
-    visit = events["basket"].to_numpy() if "basket" in events else np.floor(time)
-    columns = {"user": row, "name": visit, "item": item, "time": time}
-    for name in ("value", "price", "discount"):
-        columns[name] = events[name].to_numpy(np.float64) if name in events else np.nan
-    table = pd.DataFrame(columns)[known]
-    first = table.groupby(["user", "name"])["time"].transform("min")
-    table = table.assign(time=first).sort_values(["user", "time", "name", "item"], kind="stable")
-    table = table.drop_duplicates(["user", "name", "item"])
-    new = (table[["user", "name"]] != table[["user", "name"]].shift()).any(axis=1)
-    table = table.assign(visit=new.cumsum() - 1)
-    return Lines(*(table[name].to_numpy() for name in Lines.__dataclass_fields__))
 
 
 def table_at(logs: Logs, items: np.ndarray, day: float) -> UserTable:
@@ -139,12 +96,12 @@ def fit_alone(
     since = catalog.as_of - window
     rng = np.random.default_rng(seed)
     users = past.users["user"].to_numpy()
-    visits = visits_of(past, catalog.ids, users)
-    rhythm = fit_rhythm(visits, len(users), since=since, until=catalog.as_of)
+    lines = lines_of(past, catalog.ids, users)
+    rhythm = fit_rhythm(visits_of(lines), len(users), since=since, until=catalog.as_of)
     trips = trips_from_logs(past, catalog.ids, since=since)
     company = fit_company(preference, catalog, trips, rng)
-    lines = lines_of(past.since(moment(since)), catalog.ids, users)
-    return Alone(preference, company, rhythm, Bank.of(lines, len(catalog), rng))
+    recent = lines_of(past.since(moment(since)), catalog.ids, users)
+    return Alone(preference, company, rhythm, Bank.of(recent, len(catalog), rng))
 
 
 @torch.no_grad()
@@ -160,7 +117,7 @@ def walk(
         "age": users.past_age.clone(), "profile": users.profile.clone(),
         "time": users.start.clone(),
     }  # fmt: skip
-    habits = _Habits(users.profile)
+    habits = _Habits(users.profile, users.start)
     found: list[tuple[np.ndarray, ...]] = []
     for day in range(start, int(np.ceil(until))):
         who = np.nonzero(memory.count > 0)[0]
@@ -241,22 +198,20 @@ def _remember(table: dict[str, Tensor], rows: Tensor, baskets: Tensor) -> None:
 class _Habits:
     """Sums behind the first columns of a profile (trips.py), so that they go on as visits come."""
 
-    def __init__(self, profile: Tensor) -> None:
+    def __init__(self, profile: Tensor, start: Tensor) -> None:
         per_trip, rate, days, spend = profile[:, :4].double().T
         self.trips = (rate.exp() * days.exp() - 1).clamp_min(0).round()  # (U,)
         self.items = per_trip.exp() * (self.trips + 1) - 1
         self.spend = spend.exp() * (self.trips + 1) - 1
         self.days = days.exp()  # since the first trip, + 7
-        self.time: Tensor | None = None
+        self.time = start.double().clone()  # (U,) that `days` run to
 
     def note(
         self, profile: Tensor, rows: Tensor, size: np.ndarray, spend: np.ndarray, time: np.ndarray
     ) -> None:
         """Count one visit each of users `rows` (R,)."""
-        if self.time is None:
-            self.time = torch.full((len(profile),), float("nan"), dtype=torch.float64)
         now = torch.from_numpy(time)
-        gone = torch.nan_to_num(now - self.time[rows]).clamp_min(0.0)
+        gone = now - self.time[rows]
         self.time[rows] = now
         self.trips[rows] += 1
         self.items[rows] += torch.from_numpy(size)

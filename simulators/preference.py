@@ -133,6 +133,11 @@ class Preference(nn.Module):
             "scalars": torch.stack([profile[:, 1] + profile[:, 2], profile[:, 2], total], dim=1),
         }
 
+    def renew(self, facts: ItemFacts) -> None:
+        """Take over what is known of the items at a later moment; what was learnt stays."""
+        for name in ("source", "target", "gap"):
+            getattr(self, name).copy_(getattr(facts, name))
+
     def own(self, state: dict[str, Tensor], items: Tensor) -> tuple[Tensor, Tensor]:
         """How often and how many days ago (B, K) the household bought each of `items` (B, K)."""
         past = state["past"]

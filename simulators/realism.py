@@ -13,8 +13,8 @@ import pandas as pd
 
 from encoders.state import EMPTY
 from simulators.base import Catalog, UserTable
-from simulators.organic import Lines
 from simulators.rhythm import Memory, hour_of, weekday_of
+from simulators.visits import Lines
 
 TOP = 100  # items that count as popular
 FEATURES = (
@@ -163,11 +163,20 @@ def over_users(
         one, other = (np.concatenate([g.get(u, nothing) for u in some]) for g in rows_of)
         for name, (column, figure) in figures.items():
             drawn[name].append(figure(tables[0][column][one], tables[1][column][other]))
-    found = {}
-    for name, (column, figure) in figures.items():
-        low, high = np.nanpercentile(drawn[name], [2.5, 97.5])
-        found[name] = Distance(figure(*(t[column] for t in tables)), float(low), float(high))
-    return found
+    return {
+        name: spread(figure(*(t[column] for t in tables)), drawn[name])
+        for name, (column, figure) in figures.items()
+    }
+
+
+def spread(value: float, drawn: list[float]) -> Distance:
+    """A figure with the spread of its bootstrap samples about it.
+
+    About it, not about their mean: samples of users differ by being samples, so that distances of
+    theirs are too large on average.
+    """
+    low, high = value + np.nanpercentile(drawn, [2.5, 97.5]) - np.nanmean(drawn)
+    return Distance(value, float(low), float(high))
 
 
 def difference(real: np.ndarray, simulated: np.ndarray) -> float:
@@ -219,9 +228,7 @@ def told_apart(
     for _ in range(DRAWS):
         rows = np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])
         drawn.append(auc(score[rows], label[rows]))
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    loss = dict(sorted(loss.items(), key=lambda pair: -pair[1]))
-    return Distance(value, float(low), float(high)), loss
+    return spread(value, drawn), dict(sorted(loss.items(), key=lambda pair: -pair[1]))
 
 
 def varies(x: np.ndarray) -> bool:

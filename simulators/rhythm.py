@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
+from scipy.special import expit
 
-from sources.logs import Logs
+from simulators.visits import Visits
 
 WAITED = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 14, 15, 21, 22, 28, 29, 45])  # days: levels
 NTH = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 19, 25, 32])  # items: levels of the size
@@ -21,39 +21,6 @@ LONGEST = 120  # days without a visit that are learnt from; who stays away longe
 MOST = 60  # items of a visit
 DAY = np.array([0, 6, 11, 14, 17, 20, 24])  # parts of a day, by hour
 NARROW = 1.0  # hours around an own one that count as like it
-
-
-@dataclass(frozen=True)
-class Visits:
-    """n visits, ordered by user and time."""
-
-    user: np.ndarray  # (n,) int64 rows of a list of users
-    time: np.ndarray  # (n,) float64 days since 1970-01-01
-    size: np.ndarray  # (n,) int64 distinct items of the catalogue
-
-    def __len__(self) -> int:
-        return len(self.user)
-
-
-def visits_of(logs: Logs, items: np.ndarray, users: np.ndarray) -> Visits:
-    """Visits of `users` that took something of `items`: baskets or, without baskets, days."""
-    events = logs.events[logs.events["behaviour"].isin(logs.purchases)]
-    row = pd.Index(users).get_indexer(events["user"])
-    item = pd.Index(items).get_indexer(events["item"])
-    known = (row >= 0) & (item >= 0)
-    time = days_of(events["time"])
-    visit = events["basket"].to_numpy() if "basket" in events else np.floor(time)
-    lines = pd.DataFrame({"user": row, "visit": visit, "item": item, "time": time})[known]
-    by_visit = lines.groupby(["user", "visit"], sort=False)
-    table = by_visit.agg(time=("time", "min"), size=("item", "nunique")).reset_index()
-    table = table.sort_values(["user", "time"], kind="stable")
-    return Visits(*(table[name].to_numpy() for name in ("user", "time", "size")))
-
-
-def days_of(time: pd.Series) -> np.ndarray:
-    """Moments as days since 1970-01-01, (n,) float64."""
-    moments = time.to_numpy().astype("datetime64[us]").astype(np.int64)
-    return np.asarray(moments / 86_400e6)
 
 
 @dataclass
@@ -149,7 +116,8 @@ class Rhythm:
 
     def comes(self, memory: Memory, waited: np.ndarray, weekday: np.ndarray) -> np.ndarray:
         """Chance (n,) to come on that day."""
-        return sigmoid(day_features(memory, waited, weekday) @ self.day[:-1] + self.day[-1])
+        log_odds = day_features(memory, waited, weekday) @ self.day[:-1] + self.day[-1]
+        return np.asarray(expit(log_odds))
 
     def hour_shares(self, memory: Memory, weekday: np.ndarray) -> np.ndarray:
         """Chances (n, 24) of the hour of a visit."""
@@ -166,8 +134,9 @@ class Rhythm:
         shares = self.hour_shares(memory, days).cumsum(axis=1)  # (n, 24)
         hour = (shares < rng.random((len(days), 1))).sum(axis=1).clip(0, 23)
         moment = day + (hour + rng.random(len(days))) / 24
-        again = memory.last + rng.choice(self.soon, len(days))
-        return np.where(memory.last >= day, np.minimum(again, day + 1 - 1e-5), moment)
+        left = day + 1 - memory.last  # (n,) days, of this one, for who has been here today
+        again = memory.last + np.minimum(rng.choice(self.soon, len(days)), left / 2)
+        return np.where(memory.last >= day, again, moment)
 
     def sizes(
         self, memory: Memory, gap: np.ndarray, hour: np.ndarray, weekday: np.ndarray,
@@ -180,7 +149,7 @@ class Rhythm:
             features = size_features(
                 memory.rows(going), size[going], gap[going], hour[going], weekday[going]
             )
-            stops = sigmoid(features @ self.size[:-1] + self.size[-1])
+            stops = expit(features @ self.size[:-1] + self.size[-1])
             going = going[(rng.random(len(going)) >= stops) & (size[going] < MOST)]
             size[going] += 1
         return size
@@ -227,6 +196,7 @@ def fit_rhythm(visits: Visits, users: int, *, since: float, until: float) -> Rhy
 
 def _waits(memory: Memory, gap: np.ndarray, came: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Features and labels of every day from the last visit to the next, or to the end."""
+    came = came & (gap <= LONGEST)  # who came later than that did not come within it
     gap = np.minimum(gap, LONGEST).astype(np.int64)
     rows = np.repeat(np.arange(len(gap)), gap + 1)
     waited = np.arange(len(rows)) - np.repeat(np.cumsum(gap + 1) - gap - 1, gap + 1)
@@ -281,7 +251,3 @@ def _rank(user: np.ndarray) -> np.ndarray:
     first = np.concatenate([[True], user[1:] != user[:-1]]) if len(user) else np.zeros(0, bool)
     place = np.arange(len(user))
     return np.asarray(place - np.maximum.accumulate(np.where(first, place, 0)))
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.asarray(1.0 / (1.0 + np.exp(-x)))

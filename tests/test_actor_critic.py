@@ -5,57 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from toys import toy_obs, toy_spec, toy_step
 
 from agents.actor_critic import ActorCritic, clipped_gain, divergence, standard
-from agents.base import AgentSpec, Decision, Transition
+from agents.base import Decision
 from agents.rollout import slate_log_probs
 from agents.testing import check_agent, synthetic_observation, synthetic_spec, synthetic_steps
-from encoders.state import EMPTY, Observation
+from encoders.state import EMPTY
 
 A2C = {"epochs": 1, "clip": None, "minibatch": None}
 PPO = {"epochs": 4, "minibatch": 32}
 QUICK = {"width": 16, "steps": 4, "minibatch": 48, "epochs": 2}
-
-
-def toy_spec(items=4, states=4, slate_size=1, seed=0, total_steps=None):
-    """States are profiles, items one-hot vectors; nothing else is seen."""
-    return AgentSpec(
-        num_items=items,
-        slate_size=slate_size,
-        item_vectors=torch.eye(items),
-        category=torch.zeros(items, dtype=torch.int64),
-        popularity=torch.ones(items),
-        interactions=None,
-        profile_size=states,
-        past_size=1,
-        history_size=1,
-        feedback_size=1,
-        context_size=0,
-        seed=seed,
-        total_steps=total_steps,
-    )
-
-
-def toy_obs(profile):
-    b = len(profile)
-    none, zero = torch.full((b, 1), EMPTY), torch.zeros(b, 1)
-    return Observation(profile, none, zero, zero, none, zero[:, :, None], profile[:, :0])
-
-
-def toy_step(profile, decision, slot_reward, later, *, left=None, cut=None, mask=None):
-    never = torch.zeros(len(profile), dtype=torch.bool)
-    return Transition(
-        obs=toy_obs(profile),
-        mask=mask,
-        decision=decision,
-        reward=slot_reward.sum(dim=1),
-        chosen=slot_reward > 0,
-        slot_reward=slot_reward,
-        next_obs=toy_obs(later),
-        next_mask=mask,
-        terminated=never if left is None else left,
-        truncated=never if cut is None else cut,
-    )
 
 
 def play_identity(agent, steps, users=8, seed=3):

@@ -251,7 +251,7 @@ def test_who_bought_an_item_more_often_wants_it_more(users, held_out):
 
 
 def test_a_fit_is_found_again_and_saved_without_code(shop, shelf, quick, monkeypatch, tmp_path):
-    monkeypatch.setattr(boosted, "fit_boosted", None)  # would fail if it were asked
+    monkeypatch.setattr("simulators.fit.fit_model", None)  # would fail if it were asked
     again = BoostedSimulator.fit(SimSpec(shop, shelf), **QUICK, patience=0.3)
     assert same_tensors(again.preference.state_dict(), quick.preference.state_dict())
     with pytest.raises(TypeError):
@@ -274,7 +274,7 @@ def test_a_fit_of_a_net_is_not_taken_for_trees(fitted, shelf, tmp_path):
 
 
 def test_a_fit_knows_its_seed_and_nothing_after_the_cut(shop, shelf, quick, monkeypatch):
-    monkeypatch.setattr(boosted, "cached", lambda key, make, *_, **__: make())
+    monkeypatch.setattr("simulators.fit.cached", lambda key, make, *_, **__: make())
     shuffled = after_cut_replaced(shop, moment(shelf.as_of))
     before = torch.get_rng_state()
     same, other = (
@@ -314,7 +314,7 @@ def test_wrong_input_is_refused_with_what_is_missing(shop, shelf):
     ten = replace(shop, events=shop.events.iloc[:10].reset_index(drop=True))
     with pytest.raises(ValueError, match=r"too few to fit users to \(100 of each.*longer log"):
         BoostedSimulator.fit(SimSpec(ten, shelf))
-    with pytest.raises(ValueError, match=r"and 0 before them are too few"):
+    with pytest.raises(ValueError, match=r"0 purchases of the catalogue before the window"):
         BoostedSimulator.fit(SimSpec(shop, shelf), **QUICK | {"window": 9000.0})
 
 

@@ -23,13 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared/data/kuairand_pure_sample"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RECPLAY_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def logs():
     return feed()

@@ -9,7 +9,6 @@ import torch
 from fitted_users import at, same_tensors
 from synthetic import after_cut_replaced
 
-import simulators.fitted
 from encoders.state import EMPTY
 from simulators.base import SimSpec
 from simulators.fit import STARTS, item_facts, moment, starting_points, usual_gap
@@ -61,7 +60,7 @@ def quick(shop, shelf):
 
 
 def test_a_fit_is_found_again_whatever_the_knobs(shop, shelf, quick, monkeypatch):
-    monkeypatch.setattr(simulators.fitted, "fit_model", None)  # would fail if it were asked
+    monkeypatch.setattr("simulators.fit.fit_model", None)  # would fail if it were asked
     again = FittedSimulator.fit(SimSpec(shop, shelf), **QUICK, patience=0.3)
     assert same_tensors(again.preference.state_dict(), quick.preference.state_dict())
     assert again.fit_key == quick.fit_key
@@ -96,7 +95,7 @@ def test_shuffling_everything_after_the_cut_changes_no_bit_of_the_fit(
 ):
     shuffled = after_cut_replaced(shop, moment(shelf.as_of))
     assert not shuffled.events.equals(shop.events)
-    monkeypatch.setattr(simulators.fitted, "cached", lambda key, make, *_, **__: make())
+    monkeypatch.setattr("simulators.fit.cached", lambda key, make, *_, **__: make())
     again = FittedSimulator.fit(SimSpec(shuffled, shelf), **QUICK)
     assert same_tensors(again.preference.state_dict(), quick.preference.state_dict())
     assert torch.equal(again.habits.stop, quick.habits.stop)
@@ -156,6 +155,6 @@ def test_facts_weigh_households(shop, shelf):
     [("patience", 2.0), ("trips", 0), ("choice", "best"), ("drift", float("nan"))],
 )
 def test_a_wrong_assumption_is_refused_before_the_fit(shop, shelf, knob, value, monkeypatch):
-    monkeypatch.setattr("simulators.fitted.fit_model", lambda *_: pytest.fail("fitted first"))
+    monkeypatch.setattr("simulators.fit.fit_model", lambda *_: pytest.fail("fitted first"))
     with pytest.raises(ValueError, match=knob):
         FittedSimulator.fit(SimSpec(shop, shelf, seed=99), **{knob: value})

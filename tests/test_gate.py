@@ -12,6 +12,7 @@ from synthetic import HashedTexts
 import simulators.catalog
 from experiments import check_simulator
 from experiments.from_logs import gate_line, remember_gate
+from simulators.fidelity import priced
 from simulators.fit import moment
 from simulators.gate import (
     THRESHOLDS,
@@ -20,15 +21,15 @@ from simulators.gate import (
     at_most,
     calibration_checks,
     lines,
-    priced,
     users_with_past,
     walk_checks,
     walked,
     within,
 )
-from simulators.organic import fit_alone, lines_of, table_at
+from simulators.organic import fit_alone, table_at
 from simulators.realism import Distance
 from simulators.trips import trips_from_logs
+from simulators.visits import lines_of
 
 ENV = """
 name: shop

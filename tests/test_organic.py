@@ -7,9 +7,10 @@ import torch
 
 from encoders.state import EMPTY
 from simulators.fit import moment
-from simulators.organic import Bank, Lines, fit_alone, lines_of, table_at, walk
-from simulators.rhythm import Memory, visits_of
+from simulators.organic import Bank, fit_alone, table_at, walk
+from simulators.rhythm import Memory
 from simulators.trips import trips_from_logs
+from simulators.visits import Lines, lines_of, visits_of
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,9 @@ def walked(living, shop, shelf):
 def on_foot(living, shop, shelf, seed):
     day = float(np.ceil(shelf.as_of))
     users = table_at(shop, shelf.ids, day)
-    memory = Memory.after(visits_of(shop.before(moment(day)), shelf.ids, users.ids), len(users))
+    memory = Memory.after(
+        visits_of(lines_of(shop.before(moment(day)), shelf.ids, users.ids)), len(users)
+    )
     rng = np.random.default_rng(seed)
     return walk(living, users, memory, until=day + 30, rng=rng), users, memory, day
 

@@ -1,6 +1,7 @@
 """The relevance model: one number for a pair however it is asked, learnt without the future."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -231,6 +232,7 @@ def test_item_weights_to_learn_with_come_from_before_the_window(shop, shelf, mon
         return item_facts(logs, *rest)
 
     monkeypatch.setattr(simulators.fit, "item_facts", noted)
-    fit_model(shop.before(moment(shelf.as_of)), shelf, 100.0, 1, 8, 0, False)
+    learn = partial(fit_preference, epochs=1, hidden=8, seed=0)
+    fit_model(shop.before(moment(shelf.as_of)), shelf, 100.0, learn, 0, False)
     to_learn, to_serve = latest
     assert to_learn < moment(shelf.as_of - 100.0) < to_serve < moment(shelf.as_of)

@@ -7,7 +7,6 @@ import torch
 
 from encoders.state import EMPTY
 from simulators.base import Catalog, UserTable
-from simulators.organic import Lines
 from simulators.realism import (
     FEATURES,
     auc,
@@ -19,6 +18,7 @@ from simulators.realism import (
     visit_features,
 )
 from simulators.rhythm import Memory
+from simulators.visits import Lines
 
 MONDAY = 19_723.0  # 2024-01-01
 LN = np.log1p

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from toys import toy_obs, toy_spec, toy_step
 
 import agents.reinforce
-from agents.base import AgentSpec, Decision, Transition
+from agents.base import Decision
 from agents.reinforce import (
     Reinforce,
     importance,
@@ -19,49 +20,9 @@ from agents.reinforce import (
 )
 from agents.rollout import entropy, slate_log_probs
 from agents.testing import check_agent, synthetic_observation, synthetic_spec, synthetic_steps
-from encoders.state import EMPTY, Observation
+from encoders.state import EMPTY
 
 OFF = {"off_policy": True, "learning_starts": 64, "batch_size": 32, "replay_ratio": 1.0}
-
-
-def toy_spec(items=4, states=4, slate_size=1, seed=0):
-    """States are profiles, items one-hot vectors; nothing else is seen."""
-    return AgentSpec(
-        num_items=items,
-        slate_size=slate_size,
-        item_vectors=torch.eye(items),
-        category=torch.zeros(items, dtype=torch.int64),
-        popularity=torch.ones(items),
-        interactions=None,
-        profile_size=states,
-        past_size=1,
-        history_size=1,
-        feedback_size=1,
-        context_size=0,
-        seed=seed,
-    )
-
-
-def toy_obs(profile):
-    b = len(profile)
-    none, zero = torch.full((b, 1), EMPTY), torch.zeros(b, 1)
-    return Observation(profile, none, zero, zero, none, zero[:, :, None], profile[:, :0])
-
-
-def toy_step(profile, decision, slot_reward, later, *, left=None, cut=None):
-    never = torch.zeros(len(profile), dtype=torch.bool)
-    return Transition(
-        obs=toy_obs(profile),
-        mask=None,
-        decision=decision,
-        reward=slot_reward.sum(dim=1),
-        chosen=slot_reward > 0,
-        slot_reward=slot_reward,
-        next_obs=toy_obs(later),
-        next_mask=None,
-        terminated=never if left is None else left,
-        truncated=never if cut is None else cut,
-    )
 
 
 @pytest.mark.parametrize("form", [{"steps": 4}, OFF], ids=["rollouts", "replay"])

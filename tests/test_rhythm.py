@@ -6,12 +6,11 @@ from scipy.stats import ks_2samp
 
 from simulators.rhythm import (
     Memory,
-    Visits,
     fit_rhythm,
     hour_of,
-    visits_of,
     weekday_of,
 )
+from simulators.visits import Visits, lines_of, visits_of
 
 MONDAY = 19_723.0  # 2024-01-01
 
@@ -138,7 +137,7 @@ def test_too_few_visits_say_so():
 
 def test_visits_are_baskets_of_the_catalogue(shop, shelf):
     users = shop.users["user"].to_numpy()
-    visits = visits_of(shop, shelf.ids, users)
+    visits = visits_of(lines_of(shop, shelf.ids, users))
     events = shop.events[shop.events["item"].isin(shelf.ids)]
     by = events.groupby(["user", "basket"])["item"].nunique() if "basket" in events else None
     if by is not None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from toys import toy_obs, toy_spec, toy_step
 
-from agents.base import AgentSpec, Transition
 from agents.explore import plackett_luce_probs
 from agents.sac_discrete import (
     SACDiscrete,
@@ -18,49 +18,9 @@ from agents.sac_discrete import (
     temperature_loss,
 )
 from agents.testing import synthetic_observation, synthetic_spec, synthetic_steps
-from encoders.state import EMPTY, Observation
+from encoders.state import EMPTY
 
 QUICK = {"width": 16, "learning_starts": 64, "batch_size": 32, "replay_ratio": 1.0}
-
-
-def toy_spec(items=4, states=4, slate_size=1, seed=0):
-    """States are profiles, items one-hot vectors; nothing else is seen."""
-    return AgentSpec(
-        num_items=items,
-        slate_size=slate_size,
-        item_vectors=torch.eye(items),
-        category=torch.zeros(items, dtype=torch.int64),
-        popularity=torch.ones(items),
-        interactions=None,
-        profile_size=states,
-        past_size=1,
-        history_size=1,
-        feedback_size=1,
-        context_size=0,
-        seed=seed,
-    )
-
-
-def toy_obs(profile):
-    b = len(profile)
-    none, zero = torch.full((b, 1), EMPTY), torch.zeros(b, 1)
-    return Observation(profile, none, zero, zero, none, zero[:, :, None], profile[:, :0])
-
-
-def toy_step(profile, decision, slot_reward, later, *, left=None, cut=None, mask=None, after=None):
-    never = torch.zeros(len(profile), dtype=torch.bool)
-    return Transition(
-        obs=toy_obs(profile),
-        mask=mask,
-        decision=decision,
-        reward=slot_reward.sum(dim=1),
-        chosen=slot_reward > 0,
-        slot_reward=slot_reward,
-        next_obs=toy_obs(later),
-        next_mask=after,
-        terminated=never if left is None else left,
-        truncated=never if cut is None else cut,
-    )
 
 
 def test_the_soft_policy_and_its_value_by_hand():

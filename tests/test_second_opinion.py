@@ -5,7 +5,6 @@ from omegaconf import OmegaConf
 from test_from_logs import config, no_bert
 
 from experiments.arena import shop
-from experiments.from_logs import second_opinion
 from experiments.policies import named_agent
 from experiments.prepare import prepare
 from simulators.boosted import BoostedPreference
@@ -44,9 +43,5 @@ def test_users_of_another_kind_judge_the_same_households(asked, monkeypatch):
     assert first[0]["mean_reward"] != again[0]["mean_reward"]
 
 
-def test_it_is_asked_for_and_only_of_users_fitted_to_trips(asked):
-    plain = OmegaConf.merge(asked, {"second_opinion": False})
-    assert prepare(plain, "cpu").second is None
-    other = OmegaConf.merge(asked, {"env": {"simulator": {"_target_": "elsewhere.Users"}}})
-    with pytest.raises(ValueError, match="second_opinion=true is for users fitted to trips"):
-        second_opinion(other, None, None, "cpu", None)
+def test_it_is_made_only_where_it_is_asked_for(asked):
+    assert prepare(OmegaConf.merge(asked, {"second_opinion": False}), "cpu").second is None

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from slate_ppo_toys import QUICK, toy_obs, toy_spec, toy_step
+from toys import toy_obs, toy_spec, toy_step
 
 from agents.base import Decision, Transition, allowed_items
 from agents.slate_ppo import SlatePPO
 from agents.testing import check_agent, synthetic_observation, synthetic_spec, synthetic_steps
 from encoders.state import EMPTY
+
+QUICK = {"width": 16, "steps": 4, "minibatch": 48, "epochs": 2}
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slate_ppo_toys import QUICK, toy_obs, toy_spec, toy_step
+from toys import toy_obs, toy_spec, toy_step
 
 from agents.base import Decision
 from agents.rollout import gae
 from agents.slate_ppo import SlatePPO, slot_gae
 from encoders.state import EMPTY
+
+QUICK = {"width": 16, "steps": 4, "minibatch": 48, "epochs": 2}
 
 PLAY = {"width": 32, "steps": 2, "minibatch": 64, "lr": 5e-3}
 KIND = torch.tensor([0, 0, 0, 1, 1, 1])

@@ -246,6 +246,16 @@ def test_what_makes_no_sense_is_refused_in_one_line(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize(
+    "words", [["env=tiny"], ["env=gym", "env.id=CartPole-v1"], ["env=kuairand"]]
+)
+def test_no_second_opinion_on_users_that_were_not_fitted_to_trips(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(capsys, tmp_path / "run", *words, "second_opinion=true")
+    assert "second_opinion=true is for users fitted to trips" in said
+
+
 def test_cuda_without_a_device_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -341,7 +351,7 @@ def test_households_are_one_cluster_only_where_they_are_the_same() -> None:
 
 def test_a_replayed_trip_begins_with_what_was_known_and_no_history() -> None:
     trips = ReplayTrips(user_table(5.0), torch.tensor([[0], [1]]))
-    obs = opening(trips, places=3, behaviours=2)
+    obs = opening(trips.users, places=3, behaviours=2)
     assert torch.equal(obs.past, trips.users.past)
     assert obs.history.tolist() == [[EMPTY] * 3] * 2
     assert obs.feedback.shape == (2, 3, 2)

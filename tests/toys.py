@@ -1,11 +1,9 @@
-"""States, items and steps so small that what is learnt of slates is known."""
+"""States, items and steps so small that what is to be learnt of them is known."""
 
 import torch
 
 from agents.base import AgentSpec, Transition
 from encoders.state import EMPTY, Observation
-
-QUICK = {"width": 16, "steps": 4, "minibatch": 48, "epochs": 2}
 
 
 def toy_spec(items=4, states=4, slate_size=1, seed=0, total_steps=None):
@@ -33,7 +31,10 @@ def toy_obs(profile):
     return Observation(profile, none, zero, zero, none, zero[:, :, None], profile[:, :0])
 
 
-def toy_step(profile, decision, slot_reward, later=None, *, left=None, cut=None, mask=None):
+def toy_step(
+    profile, decision, slot_reward, later=None, *, left=None, cut=None, mask=None, after=None
+):
+    """A step of B users; the next mask is `after`, or else the same `mask`."""
     never = torch.zeros(len(profile), dtype=torch.bool)
     return Transition(
         obs=toy_obs(profile),
@@ -43,7 +44,7 @@ def toy_step(profile, decision, slot_reward, later=None, *, left=None, cut=None,
         chosen=slot_reward > 0,
         slot_reward=slot_reward,
         next_obs=toy_obs(profile if later is None else later),
-        next_mask=mask,
+        next_mask=mask if after is None else after,
         terminated=never if left is None else left,
         truncated=never if cut is None else cut,
     )
