@@ -19,7 +19,7 @@ from simulators.company import Company, fit_company
 from simulators.fit import moment
 from simulators.preference import Preference
 from simulators.rhythm import Memory, Rhythm, fit_rhythm, hour_of, weekday_of
-from simulators.trips import trips_from_logs
+from simulators.trips import HABITS, trips_from_logs
 from simulators.visits import Lines, lines_of, visits_of
 from sources.logs import Logs
 
@@ -133,12 +133,13 @@ def walk(
             days = np.full(len(who), weekday)
             gap = np.maximum(day - np.floor(now.last), 0.0)
             size = rhythm.sizes(now, gap, hour_of(time), days, rng)
-            rows = torch.from_numpy(who)
-            _go_on(table, rows, torch.from_numpy(time))
+            rows, at = torch.from_numpy(who), torch.from_numpy(time)
+            _go_on(table, rows, at)
+            table["profile"][rows, :HABITS] = habits.columns(rows, at)
             baskets = _baskets(alone, table, rows, size, rng)
             spent = _note(found, baskets, who, time, alone.bank, rng)
             _remember(table, rows, baskets)
-            habits.note(table["profile"], rows, size, spent, time)
+            habits.note(rows, size, spent)
             memory.note(who, time, size)
     return _numbered(found)
 
@@ -199,30 +200,29 @@ class _Habits:
     """Sums behind the first columns of a profile (trips.py), so that they go on as visits come."""
 
     def __init__(self, profile: Tensor, start: Tensor) -> None:
-        per_trip, rate, days, spend = profile[:, :4].double().T
+        per_trip, rate, days, spend = profile[:, :HABITS].double().T
         self.trips = (rate.exp() * days.exp() - 1).clamp_min(0).round()  # (U,)
         self.items = per_trip.exp() * (self.trips + 1) - 1
         self.spend = spend.exp() * (self.trips + 1) - 1
         self.days = days.exp()  # since the first trip, + 7
         self.time = start.double().clone()  # (U,) that `days` run to
 
-    def note(
-        self, profile: Tensor, rows: Tensor, size: np.ndarray, spend: np.ndarray, time: np.ndarray
-    ) -> None:
+    def columns(self, rows: Tensor, time: Tensor) -> Tensor:
+        """The first columns (R, 4) of the profiles of users `rows` at `time` (R,)."""
+        self.days[rows] += time - self.time[rows]
+        self.time[rows] = time
+        trips, days = self.trips[rows] + 1, self.days[rows]
+        parts = (
+            (self.items[rows] + 1) / trips, trips / days, days,
+            (self.spend[rows].clamp_min(0.0) + 1) / trips,
+        )  # fmt: skip
+        return torch.stack([x.log() for x in parts], dim=1).float()
+
+    def note(self, rows: Tensor, size: np.ndarray, spend: np.ndarray) -> None:
         """Count one visit each of users `rows` (R,)."""
-        now = torch.from_numpy(time)
-        gone = now - self.time[rows]
-        self.time[rows] = now
         self.trips[rows] += 1
         self.items[rows] += torch.from_numpy(size)
         self.spend[rows] += torch.from_numpy(spend)
-        self.days[rows] += gone
-        trips = self.trips[rows] + 1
-        columns = (
-            (self.items[rows] + 1) / trips, trips / self.days[rows], self.days[rows],
-            (self.spend[rows].clamp_min(0.0) + 1) / trips,
-        )  # fmt: skip
-        profile[rows, :4] = torch.stack([c.log() for c in columns], dim=1).float()
 
 
 def _numbered(found: list[tuple[np.ndarray, ...]]) -> Lines:

@@ -77,3 +77,20 @@ def test_what_is_in_the_basket_comes_no_more():
     assert left[0].tolist() == [0.0, 1.0, -torch.inf]
     assert torch.equal(left[1], theta[1])
     assert torch.equal(theta, torch.arange(6.0).reshape(2, 3))
+
+
+def test_features_by_hand(paired):
+    """Means over the basket are means, whatever its size; counts are counts."""
+    three = torch.tensor([[0, 5, 8, EMPTY]])
+    found = paired.features(three)[0]  # (N, 2 F)
+    affinity = (paired.source[three[0, :3]] @ paired.target.T).mean(dim=0)  # (N,)
+    likeness = (paired.vectors[three[0, :3]] @ paired.vectors.T).sum(dim=0)
+    assert torch.allclose(found[:, 0], affinity, atol=1e-5)
+    assert torch.allclose(found[:, 1], likeness, atol=1e-5)
+    assert torch.allclose(found[:, 2], likeness / 3, atol=1e-5)
+    g = paired.groups.shape[1]
+    same = (paired.groups[:, None] == paired.groups[three[0, :3]][None]).sum(dim=1)  # (N, G)
+    assert torch.equal(found[:, 3 : 3 + g], (same > 0).float())
+    assert torch.allclose(found[:, 3 + g : 3 + 2 * g], same.float().log1p())
+    half = found.shape[1] // 2
+    assert torch.allclose(found[:, half:], found[:, :half] * np.log(3.0), atol=1e-5)

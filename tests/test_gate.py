@@ -89,6 +89,18 @@ def test_calibration_fails_where_all_chances_are_doubled(held, fitted):
                                         "activity_decile"}  # fmt: skip
 
 
+def test_activity_is_how_often_a_user_came(held, fitted):
+    came = held.trips.profile[:, 1] + held.trips.profile[:, 2]  # log trips so far
+    often = torch.from_numpy(came > np.median(came))
+    tilted = replace(held, theta=held.theta + np.log(2.0) * often[:, None])
+    (_, right), (_, wrong) = (
+        calibration_checks(x, fitted.preference.log_rate, THRESHOLDS) for x in (held, tilted)
+    )
+    change = np.array(wrong["activity_deciles"]) / np.array(right["activity_deciles"])
+    assert (change[:4] > 0.95).all()
+    assert (change[6:] < 0.75).all()
+
+
 @pytest.fixture(scope="module")
 def on_foot(fitted, shop, shelf):
     alone = fit_alone(fitted.preference, shop, shelf, window=120.0)

@@ -1,16 +1,21 @@
 """Users who shop alone: their past at a moment, their lines, and a walk that is reproducible."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from encoders.state import EMPTY
+from simulators.company import Company
 from simulators.fit import moment
-from simulators.organic import Bank, fit_alone, table_at, walk
+from simulators.organic import Bank, _baskets, fit_alone, table_at, walk
 from simulators.rhythm import Memory
 from simulators.trips import trips_from_logs
 from simulators.visits import Lines, lines_of, visits_of
+from sources.logs import Logs
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +84,15 @@ def test_a_walk_is_one_of_visits_in_the_days_asked_for(walked, shelf):
 
 def test_the_same_seed_walks_the_same_way_and_leaves_what_it_was_given(walked, living, shop, shelf):
     lines, users, memory, day = walked
-    again, other_users, other_memory, _ = on_foot(living, shop, shelf, seed=0)
+    again, *_ = on_foot(living, shop, shelf, seed=0)
     for name in Lines.__dataclass_fields__:
         assert np.array_equal(getattr(lines, name), getattr(again, name), equal_nan=True), name
     assert torch.equal(users.past, table_at(shop, shelf.ids, day).past)
-    assert torch.equal(users.profile, other_users.profile)
-    assert np.array_equal(memory.count, other_memory.count)
+    fresh = table_at(shop, shelf.ids, day)
+    assert torch.equal(users.profile, fresh.profile)
+    assert torch.equal(users.past_age, fresh.past_age)
+    before = lines_of(shop.before(moment(day)), shelf.ids, users.ids)
+    assert np.array_equal(memory.count, Memory.after(visits_of(before), len(users)).count)
     different, *_ = on_foot(living, shop, shelf, seed=1)
     assert not np.array_equal(lines.item[:50], different.item[:50])
 
@@ -114,3 +122,73 @@ def test_money_comes_from_lines_of_the_same_item():
     assert len(np.unique(drawn[50:100, 1])) > 10
     assert np.allclose(drawn[:100, 0], 2 * drawn[:100, 1])
     assert np.isfinite(drawn[100:]).all()  # never sold: what lines mostly cost
+
+
+class Spy:
+    """A preference that notes what it is told of users."""
+
+    def __init__(self, preference):
+        self.preference, self.bias, self.told = preference, preference.bias, []
+
+    def describe(self, *known):
+        self.told.append([x.clone() for x in known])
+        return self.preference.describe(*known)
+
+    def logits(self, state):
+        return self.preference.logits(state)
+
+
+def test_what_is_known_before_each_visit_is_what_a_log_of_the_walk_tells(living, shop, shelf):
+    """Past, counts, ages and habits go on as trips.py reads them off receipts."""
+    spy = Spy(living.preference)
+    lines, users, _, day = on_foot(replace(living, preference=spy), shop, shelf, seed=2)
+    before = shop.before(moment(day)).events[["user", "item", "time", "behaviour", "value"]]
+    before = before.assign(basket=pd.factorize(shop.before(moment(day)).events["basket"])[0])
+    later = pd.DataFrame({
+        "user": users.ids[lines.user], "item": shelf.ids[lines.item],
+        "time": pd.to_datetime(np.round(lines.time * 86_400e6).astype(np.int64), unit="us"),
+        "behaviour": "buy", "value": lines.value, "basket": 10**6 + lines.visit,
+    })  # fmt: skip
+    whole = Logs.create(
+        pd.concat([before, later], ignore_index=True), shop.items, shop.users, roles=shop.roles
+    )
+    trips = trips_from_logs(whole, shelf.ids, since=day)
+    profile, past, count, age, time = (torch.cat(x) for x in zip(*spy.told, strict=True))
+    assert len(time) == len(trips) == lines.visit[-1] + 1
+    order = np.argsort(trips.time, kind="stable")
+    mine = torch.argsort(time)
+    assert np.allclose(time[mine].numpy(), trips.time[order], atol=1e-6)
+    assert np.allclose(profile[mine][:, :4].numpy(), trips.profile[order][:, :4], atol=2e-3)
+    for row, trip in zip(mine.tolist(), order.tolist(), strict=True):
+        told = {int(i): (float(c), float(a)) for i, c, a in
+                zip(past[row], count[row], age[row], strict=True) if i != EMPTY}  # fmt: skip
+        real = {int(i): (float(c), float(a)) for i, c, a in
+                zip(trips.past[trip], trips.count[trip], trips.age[trip], strict=True)
+                if i != EMPTY}  # fmt: skip
+        assert told.keys() == real.keys()
+        for item, (often, days) in real.items():
+            assert told[item][0] == often
+            assert told[item][1] == pytest.approx(days, abs=1e-3)
+
+
+def test_baskets_are_drawn_by_the_logit_of_what_is_wished(living):
+    theta = torch.tensor([0.0, 1.0, 2.0]).expand(4000, -1)
+    wishes = SimpleNamespace(
+        bias=torch.zeros(3), describe=lambda *known: known[0], logits=lambda state: state.clone()
+    )
+    none = Company(
+        torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3, 1).long(),
+        torch.zeros(10), torch.zeros(3),
+    )  # fmt: skip
+    alone = replace(living, preference=wishes, company=none)
+    table = dict.fromkeys(("profile", "past", "count", "age", "time"), theta)
+    rng = np.random.default_rng(0)
+    rows, size = torch.arange(4000), np.full(4000, 2)
+    first, second = _baskets(alone, table, rows, size, rng).T
+    assert (first != second).all()
+    p = theta[0].softmax(dim=0)
+    share = torch.bincount(first, minlength=3) / 4000
+    assert torch.allclose(share, p, atol=0.03)
+    after = p / (1 - p[2])  # who took the last first
+    given = torch.bincount(second[first == 2], minlength=3) / int((first == 2).sum())
+    assert torch.allclose(given[:2], after[:2], atol=0.03)

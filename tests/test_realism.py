@@ -88,6 +88,14 @@ def test_what_a_log_without_prices_cannot_tell_is_nan():
     assert row["size"] == 1
 
 
+def test_two_items_of_a_category_that_is_new_are_both_new():
+    memory, nan, two = Memory.blank(1), np.full(2, np.nan), np.zeros(2, np.int64)
+    lines = Lines(two, two, np.full(2, MONDAY + 0.5), np.array([2, 3]), np.ones(2), nan, nan)
+    (row,) = visit_features(lines, small_catalog(), one_user(), memory).to_dict("records")
+    assert row["new_category"] == 1
+    assert row["repeats"] == 0
+
+
 def test_distances_of_known_size():
     assert ks(np.arange(10.0), np.arange(10.0)) == 0
     assert ks(np.zeros(5), np.ones(5)) == 1
@@ -154,6 +162,9 @@ def test_intervals_are_over_users():
     figures = {"a": ("size", difference), "b": ("size", ks)}
     found = over_users(figures, real, simulated, rng)
     assert found["a"].low < found["a"].value < found["a"].high
+    near = over_users(figures, drawn(rng), drawn(rng), rng)["b"]  # a distance of nearly nothing
+    assert near.low < near.value < near.high
+    assert near.value - near.low == pytest.approx(near.high - near.value, rel=1.0)
     assert found["a"].value == pytest.approx(difference(real["size"], simulated["size"]))
     # a user's visits are alike, so 1200 visits of 12 users say less than of 150
     few = [table.assign(user=table["user"] % 12) for table in (real, simulated)]

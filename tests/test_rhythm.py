@@ -5,7 +5,9 @@ import pytest
 from scipy.stats import ks_2samp
 
 from simulators.rhythm import (
+    LONGEST,
     Memory,
+    _waits,
     fit_rhythm,
     hour_of,
     weekday_of,
@@ -145,3 +147,34 @@ def test_visits_are_baskets_of_the_catalogue(shop, shelf):
         assert visits.size.sum() == by.sum()
     assert (np.diff(visits.user) >= 0).all()
     assert (np.diff(visits.time)[np.diff(visits.user) == 0] >= 0).all()
+
+
+def test_days_are_waited_until_somebody_comes_and_not_beyond_what_is_learnt_from():
+    memory = Memory.blank(1)
+    memory.note(np.array([0]), np.array([MONDAY + 0.5]), np.array([2]))
+    for gap, came, labels in (
+        (3, True, [0, 0, 0, 1]),
+        (3, False, [0, 0, 0, 0]),  # the log ended
+        (LONGEST + 30, True, [0] * (LONGEST + 1)),  # came, but later than is looked at
+    ):
+        features, label = _waits(memory, np.array([gap]), np.array([came]))
+        assert label.astype(int).tolist() == labels
+        assert len(features) == len(labels)
+
+
+def test_newcomers_come_at_the_hours_of_the_weekday_and_regulars_at_their_own():
+    rng = np.random.default_rng(7)
+    visits, *_ = shoppers(rng, users=120, chance=0.3)
+    day = np.floor(visits.time)
+    weekend = weekday_of(day) >= 5
+    at = np.where(weekend, 10.0, 20.0) + rng.normal(0, 0.5, len(day))
+    rhythm = fit_rhythm(
+        Visits(visits.user, day + at / 24, visits.size), 120, since=MONDAY, until=MONDAY + 200
+    )
+    shares = rhythm.hour_shares(Memory.blank(2), np.array([2, 6]))
+    assert shares[0, 18:23].sum() > 0.8
+    assert shares[1, 8:13].sum() > 0.8
+    assert rhythm.own > 8  # what users did themselves says little beside the weekday
+    own = rng.uniform(7, 21, 120)[visits.user] + rng.normal(0, 0.5, len(day))
+    regular = Visits(visits.user, day + own / 24, visits.size)
+    assert fit_rhythm(regular, 120, since=MONDAY, until=MONDAY + 200).own < 2
