@@ -131,7 +131,7 @@ def judge(
         length={name: mean_length(all_) for name, all_ in played.items()},
         coverage={name: joint_coverage(all_) for name, all_ in played.items()},
         replay_value={
-            name: replay_value(cfg, agents[name], worlds) if name in agents else None
+            name: replay_value(cfg, copy.deepcopy(agents[name]), worlds) if name in agents else None
             for name in played
         },
         baseline="popularity",

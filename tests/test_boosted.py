@@ -325,3 +325,13 @@ def test_numbers_that_are_none_are_refused(shop, shelf, quick):
     facts = item_facts(past, shelf, quick.preference.log_rate, None)
     with pytest.raises(ValueError, match="not finite"):
         boost_preference(bad, np.ones(len(bad)), facts, trees=1)
+
+
+def test_users_are_served_with_what_goes_with_what_up_to_the_cut(shop, shelf, quick):
+    past = shop.before(moment(shelf.as_of))
+    now = item_facts(past, shelf, quick.preference.log_rate, None)
+    early = past.before(moment(shelf.as_of - QUICK["window"]))
+    then = item_facts(early, shelf, quick.preference.log_rate, None)
+    for name in ("source", "target", "gap"):
+        assert torch.equal(getattr(quick.preference.seen, name), getattr(now, name))
+        assert not torch.equal(getattr(now, name), getattr(then, name))

@@ -54,7 +54,7 @@ def test_chance_teaches_little(fitted, shelf, trips):
     baskets = [rng.choice(len(shelf), 4, replace=False) for _ in range(len(trips))]
     company = fit_company(fitted.preference, shelf, refilled(trips, baskets), rng)
     change = company.change(torch.arange(len(shelf))[:, None]) - company.level  # (N, N)
-    assert change.std() < 0.6
+    assert change.std() < 0.25  # .55 where tables and their worth are learnt on the same baskets
 
 
 def test_an_empty_basket_changes_nothing_and_its_order_neither(paired):

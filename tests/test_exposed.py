@@ -1,5 +1,6 @@
 """Users fitted to impressions answer as the log's do: rates, order, minutes, leaving."""
 
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,6 +157,44 @@ def test_a_slate_is_left_as_often_as_its_items_one_by_one(sim):
     assert (after["shown"] == 5).all()
     assert torch.equal(after["clicks"], clicked.sum(dim=1))
     assert torch.equal(after["seen"].sum(dim=1), after["shown"])
+
+
+def test_what_a_session_remembers_is_counted_by_hand(sim):
+    users = torch.arange(300) % len(sim.users)
+    episode, root = torch.arange(300), Draws.root(4)
+    state = sim.start(users, root.at(users, episode, torch.zeros_like(users)))
+    category = sim.catalog.category
+    seen = torch.zeros(300, int(category.max()) + 1)
+    liked, streak = torch.zeros_like(seen), torch.zeros(300)
+    generator = torch.Generator().manual_seed(4)
+    for step in range(3):
+        slate = torch.rand(300, ITEMS, generator=generator).argsort(dim=1)[:, :3]
+        slate[::2, step % 3] = EMPTY
+        at = root.at(users, episode, torch.full_like(users, step))
+        response, state = sim.respond(state, slate, at)
+        clicked = response.chosen["click"]
+        for row in range(300):
+            for item, yes in zip(slate[row].tolist(), clicked[row].tolist(), strict=True):
+                if item != EMPTY:
+                    seen[row, category[item]] += 1
+                    liked[row, category[item]] += yes
+                    streak[row] = 0 if yes else streak[row] + 1
+        assert torch.equal(state["seen"], seen)
+        assert torch.equal(state["liked"], liked)
+        assert torch.equal(state["streak"], streak)
+        assert torch.equal(state["clicks"], liked.sum(dim=1))
+
+
+def test_the_hour_of_a_session_counts(sim):
+    users = torch.arange(20)
+    at = Draws.root(0).at(users, users, torch.zeros_like(users))
+    morning, night = (replace(sim.users, start=sim.users.start.floor() + h / 24) for h in (9, 21))
+    told = []
+    for table in (morning, night):
+        other = copy(sim)
+        other.users = table
+        told.append(other.relevance(other.start(users, at)))
+    assert not torch.allclose(told[0], told[1], atol=1e-4)
 
 
 def test_nothing_shown_is_no_answer_and_no_reason_to_leave(sim):

@@ -37,10 +37,18 @@ def test_purchases_make_users_that_can_be_read_back(monkeypatch, tmp_path, capsy
 
 
 def test_impressions_make_users_who_answer_what_is_shown(monkeypatch, tmp_path, capsys):
+    real, asked = fit_simulator.calibration, []
+
+    def noted(users, logs, **settings):
+        asked.append(set(logs.users["user"]) & set(users.users.ids))
+        return real(users, logs, **settings)
+
+    monkeypatch.setattr(fit_simulator, "calibration", noted)
     command(monkeypatch, tmp_path, "feeds.feed", "size=40", "epochs=1")
     said = capsys.readouterr().out
     assert "click: " in said
     assert "leave: " in said
+    assert asked == [set()]  # the figures are of users that were not fitted to
     catalog = load_catalog(tmp_path / "users" / "catalog.pt")
     users = ExposureSimulator.load(tmp_path / "users" / "users.pt", catalog)
     assert set(users.behaviours) == {"click", "like", "hate"}

@@ -158,3 +158,20 @@ def test_a_wrong_assumption_is_refused_before_the_fit(shop, shelf, knob, value, 
     monkeypatch.setattr("simulators.fit.fit_model", lambda *_: pytest.fail("fitted first"))
     with pytest.raises(ValueError, match=knob):
         FittedSimulator.fit(SimSpec(shop, shelf, seed=99), **{knob: value})
+
+
+def test_whatever_goes_into_a_fit_is_in_its_key(shop, shelf):
+    keys = {
+        FittedSimulator.fit(spec, **QUICK | other).fit_key
+        for spec, other in (
+            (SimSpec(shop, shelf), {}),
+            (SimSpec(shop, shelf, seed=1), {}),
+            (SimSpec(shop, shelf, bootstrap=True), {}),
+            (SimSpec(shop, shelf), {"window": 90.0}),
+            (SimSpec(shop, shelf), {"hidden": 4}),
+            (SimSpec(shop, shelf), {"epochs": 2}),
+        )
+    }
+    assert len(keys) == 6
+    same = FittedSimulator.fit(SimSpec(shop, shelf), **QUICK, patience=0.4)  # no part of the fit
+    assert same.fit_key in keys

@@ -8,8 +8,19 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t
 
-from simulators.promotions import Lift, Strata, display_lift, fit_display_lift, lines, pooled
+from simulators.promotions import (
+    Lift,
+    Shop,
+    Strata,
+    _row,
+    _within_week,
+    display_lift,
+    fit_display_lift,
+    lines,
+    pooled,
+)
 from sources.logs import Logs, Roles
 
 ITEMS, STORES, WEEKS = 60, 24, 26
@@ -330,3 +341,21 @@ def test_lines_name_the_assumption_every_table_and_its_interval():
     assert f"{lift.ratio:.3f} ({lift.low:.3f} to {lift.high:.3f})" in said[0]
     for name in lift.by["name"]:
         assert sum(f" {name} " in line for line in said[1:]) >= 1
+
+
+def test_a_store_carries_what_it_sold_in_another_week():
+    """Were its own week to count, stores would be chosen by the sales that are compared."""
+    one = np.array([[0], [0], [0]])  # item, store, week of the only sale
+    shop = Shop(np.ones((2, 2)), one, np.ones(1), np.ones(1, bool), one, np.zeros((1, 2)),
+                np.full((1, 2), np.nan))  # fmt: skip
+    found = _within_week(shop, 2)
+    assert found.cells.tolist() == [0, 1]
+    assert found.sales_on.tolist() == [0, 0]
+    assert found.trips_off.tolist() == [0, 1]
+
+
+def test_few_products_widen_the_interval():
+    some = Strata(*(np.ones(2) for _ in Strata._fields))
+    row = _row(0.0, np.array([0.1, -0.1]), some)
+    assert np.log(row["high"]) == pytest.approx(0.2 * t.ppf(0.975, 1))
+    assert _row(0.0, np.array([0.1]), some)["high"] == np.inf

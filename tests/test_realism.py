@@ -14,6 +14,7 @@ from simulators.realism import (
     jensen_shannon,
     ks,
     over_users,
+    spread,
     told_apart,
     visit_features,
 )
@@ -154,6 +155,13 @@ def test_a_judge_is_asked_about_users_it_has_not_learnt_from():
     simulated = simulated[simulated["user"] % 2 == 1]
     found, _ = told_apart(real, simulated, rng)
     assert found.value < 0.6
+
+
+def test_the_spread_of_samples_is_put_about_the_figure():
+    found = spread(0.03, [0.05, 0.06, 0.07])
+    assert found.value == 0.03
+    assert found.low == pytest.approx(0.0205)
+    assert found.high == pytest.approx(0.0395)
 
 
 def test_intervals_are_over_users():

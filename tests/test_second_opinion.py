@@ -41,6 +41,7 @@ def test_users_of_another_kind_judge_the_same_households(asked, monkeypatch):
     first, again = world.judge(agents), world.second(agents)
     assert [r["policy"] for r in first] == [r["policy"] for r in again]
     assert first[0]["mean_reward"] != again[0]["mean_reward"]
+    assert world.judge(agents) == first  # judging leaves agents as they were
 
 
 def test_it_is_made_only_where_it_is_asked_for(asked):

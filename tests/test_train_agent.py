@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -17,16 +16,12 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.base import Decision, Transition
-from encoders.state import EMPTY, Observation, calendar
+from encoders.state import Observation
 from evaluation.decisions import meta, read, seen_by
 from experiments import train_agent
 from experiments.checkpoints import folders, newest
 from experiments.curves import Curves
-from experiments.oracle import regret
-from experiments.policies import household_names, opening, session_list
-from experiments.prepare import ReplayTrips, events_of
-from experiments.run_folder import open_folder, plain
-from simulators.base import Catalog, UserTable
+from experiments.run_folder import open_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["env=tiny", "evaluators=2", "eval_users=80", "frozen_users=50", "num_envs=64",
@@ -245,7 +240,6 @@ def test_what_makes_no_sense_is_refused_in_one_line(
     assert said.count("\n") == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize(
     "words", [["env=tiny"], ["env=gym", "env.id=CartPole-v1"], ["env=kuairand"]]
 )
@@ -256,6 +250,7 @@ def test_no_second_opinion_on_users_that_were_not_fitted_to_trips(
     assert "second_opinion=true is for users fitted to trips" in said
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_device_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -303,61 +298,6 @@ def test_points_of_the_curves_are_of_the_episodes_that_ended(tmp_path: Path) -> 
     assert [e.step for e in events.Scalars("rollout/ctr")] == [4, 6]
 
 
-def test_regret_is_what_the_best_allowed_slate_had_more() -> None:
-    relevance = torch.tensor([[0.9, 0.5, 0.1, 0.3]])
-    nothing, best = torch.tensor([[-1]]), torch.tensor([[0]])
-    assert regret(relevance, nothing, torch.tensor([[2, 0]])).tolist() == pytest.approx([0.2])
-    assert regret(relevance, nothing, torch.tensor([[0, 1]])).tolist() == [0.0]
-    assert regret(relevance, best, torch.tensor([[2]])).tolist() == pytest.approx([0.4])
-    assert regret(relevance, nothing, torch.tensor([[-1]])).tolist() == pytest.approx([0.9])
-
-
-def test_a_session_list_serves_all_users_before_any_twice() -> None:
-    users, episodes = session_list(10, 25, "cpu")
-    assert sorted(users[:10].tolist()) == sorted(users[10:20].tolist()) == list(range(10))
-    assert episodes.tolist() == [0] * 10 + [1] * 10 + [2] * 5
-    assert len(set(zip(users.tolist(), episodes.tolist(), strict=True))) == 25
-    assert torch.equal(session_list(10, 25, "cpu")[0], users)
-
-
-def tiny_catalog(items: int) -> Catalog:
-    zeros = torch.zeros(items)
-    vectors = torch.eye(items)
-    return Catalog(np.arange(items), [""] * items, vectors, zeros.long(), zeros, zeros, 3.0, [""])
-
-
-def user_table(profile: float, days: float = 3.0) -> UserTable:
-    past = torch.tensor([[2, 0], [1, EMPTY]])
-    count, age = torch.tensor([[3.0, 1.0], [4.0, 0.0]]), torch.zeros(2, 2)
-    start = torch.full((2,), days, dtype=torch.float64)
-    return UserTable(np.array([70, 71]), torch.full((2, 1), profile), past, count, age, start)
-
-
-def test_past_purchases_are_the_interactions() -> None:
-    catalog = tiny_catalog(4)
-    events = events_of(user_table(0.0), catalog)
-    assert events.counts().toarray().tolist() == [[1, 0, 3, 0], [0, 4, 0, 0]]
-    assert events.timed
-    assert (events.time == 3.0).all()
-    assert events.vectors is not None
-    assert torch.equal(events.vectors, catalog.vectors)
-
-
-def test_households_are_one_cluster_only_where_they_are_the_same() -> None:
-    rows, first = torch.tensor([1, 0]), user_table(0.0)
-    assert household_names(user_table(0.0), rows, first, 1).tolist() == ["71", "70"]
-    assert household_names(user_table(5.0), rows, first, 1).tolist() == ["1/71", "1/70"]
-
-
-def test_a_replayed_trip_begins_with_what_was_known_and_no_history() -> None:
-    trips = ReplayTrips(user_table(5.0), torch.tensor([[0], [1]]))
-    obs = opening(trips.users, places=3, behaviours=2)
-    assert torch.equal(obs.past, trips.users.past)
-    assert obs.history.tolist() == [[EMPTY] * 3] * 2
-    assert obs.feedback.shape == (2, 3, 2)
-    assert torch.equal(obs.context, calendar(trips.users.start))
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -403,8 +343,3 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"run_dir=.*file.*choose another folder"):
         open_folder(cfg)
-
-
-def test_what_is_no_number_is_null_in_json() -> None:
-    nested = {"a": [float("nan"), torch.tensor(1.5)], 2: (float("inf"),)}
-    assert plain(nested) == {"a": [None, 1.5], "2": [None]}

@@ -31,7 +31,7 @@ def test_lines_are_in_order_of_visits_and_hold_an_item_once():
     assert lines.user.tolist() == [0, 0, 0, 1]
     assert lines.item.tolist() == [0, 1, 0, 0]
     assert lines.visit.tolist() == [0, 0, 1, 2]
-    assert lines.time == pytest.approx([ten, ten, 19_724.75, 19_724 + 9.5 / 24])
+    assert lines.time == pytest.approx([ten, ten, 19_724.75, 19_724 + 9.5 / 24], abs=1e-6)
     assert lines.value.tolist() == [2.0, 4.0, 2.0, 1.0]
     assert np.isnan(lines.price).all()
 
@@ -40,7 +40,7 @@ def test_visits_are_as_large_as_their_distinct_items():
     visits = visits_of(lines_of(receipts(True), ITEMS, USERS))
     assert visits.user.tolist() == [0, 0, 1]
     assert visits.size.tolist() == [2, 1, 1]
-    assert visits.time[0] == pytest.approx(19_724 + 10 / 24)
+    assert visits.time[0] == pytest.approx(19_724 + 10 / 24, abs=1e-6)
 
 
 def test_without_baskets_a_day_is_a_visit():
