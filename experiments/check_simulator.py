@@ -43,6 +43,7 @@ from experiments.from_logs import (
 from experiments.gate_page import write_page
 from experiments.policies import (
     SESSIONS_SEED,
+    agent_config,
     agent_spec,
     make_env,
     named_agent,
@@ -70,6 +71,7 @@ from simulators.realism import Distance
 from simulators.trips import trips_from_logs
 from sources.logs import Logs
 
+DEVICE = "cpu"  # a few minutes there; the same bits everywhere
 RIVALS = {  # of the ranking: what is scored, and against what
     "hit10_new_over_ease": ("new", "EASE"),
     "hit10_new_over_item_knn": ("new", "item-kNN"),
@@ -92,13 +94,11 @@ def main(cfg: DictConfig) -> None:
             )
         logs: Logs = with_levels(instantiate(cfg.env.data))
         print("\n".join([summary(logs), *(f"  {note}" for note in logs.notes)]), flush=True)
-        catalog: Catalog = instantiate(
-            cfg.env.catalog, logs, device=cfg.device, progress=cfg.progress
-        )
+        catalog: Catalog = instantiate(cfg.env.catalog, logs, device=DEVICE, progress=cfg.progress)
         print(coverage_line(logs, catalog), flush=True)
         ours, others = logs.split_users(0.5, SPLIT)
         simulator = instantiate(
-            cfg.env.simulator, SimSpec(ours, catalog, cfg.device, cfg.seed), _convert_="all"
+            cfg.env.simulator, SimSpec(ours, catalog, DEVICE, cfg.seed), _convert_="all"
         )
         if not isinstance(simulator, FittedSimulator):
             raise ValueError(
@@ -130,6 +130,8 @@ def thresholds(cfg: DictConfig) -> dict[str, float]:
             raise ValueError(f"thresholds.{name} must be a number or null, got {value!r}")
     if not isinstance(cfg.eval_users, int) or cfg.eval_users < 2:
         raise ValueError(f"eval_users must be a whole number of at least 2, got {cfg.eval_users!r}")
+    for name in cfg.policies:
+        agent_config(name)  # a wrong name is refused before the work
     return {**THRESHOLDS, **typed}
 
 
@@ -208,13 +210,13 @@ def agreement(
     judges = trips_from_logs(others, catalog.ids, since=catalog.as_of)
     users = judges[first_trips(judges)].users()
     specs = [
-        SimSpec(ours, catalog, cfg.device, cfg.seed, users),
-        SimSpec(others, catalog, cfg.device, JUDGES, users),
+        SimSpec(ours, catalog, DEVICE, cfg.seed, users),
+        SimSpec(others, catalog, DEVICE, JUDGES, users),
     ]
     simulators = [instantiate(cfg.env.simulator, spec, _convert_="all") for spec in specs]
     events = events_before(cfg, logs, catalog)
     worlds = Worlds(simulators[0], simulators, events, None, {}, notes=[])
-    spec = agent_spec(cfg, worlds, cfg.device)
+    spec = agent_spec(cfg, worlds, DEVICE)
     rewards = [played(cfg, sim, spec, list(cfg.policies)) for sim in simulators]
     clear = same = 0
     for here, there in (rewards, rewards[::-1]):
@@ -232,7 +234,7 @@ def played(
     cfg: DictConfig, simulator: UserSimulator, spec: AgentSpec, policies: list[str]
 ) -> dict[str, np.ndarray]:
     """Reward (M,) of every session by policy, the same sessions for all."""
-    users, episodes = session_list(len(simulator.users), cfg.eval_users, cfg.device)
+    users, episodes = session_list(len(simulator.users), cfg.eval_users, DEVICE)
     found = {}
     for name in policies:
         env = make_env(cfg, simulator, num_envs=len(users), seed=SESSIONS_SEED)

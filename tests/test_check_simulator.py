@@ -62,9 +62,7 @@ def test_rivals_know_nothing_of_what_comes_after_the_cut(held, shop, shelf, fitt
 
 
 def test_agreement_counts_the_clear_pairs_of_either_half(shop, shelf, monkeypatch):
-    cfg = OmegaConf.merge(
-        config(), {"policies": ["x", "y", "z"], "eval_users": 50, "device": "cpu"}
-    )
+    cfg = OmegaConf.merge(config(), {"policies": ["x", "y", "z"], "eval_users": 50})
     cfg.env.session = {"slate_size": 1, "max_steps": 3}
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.01, (3, 400))

@@ -187,6 +187,7 @@ def test_the_command_prints_writes_and_remembers(plug, monkeypatch, capsys, tmp_
         (["++thresholds.ks_sise=0.1"], "did you mean 'ks_size'"),
         (["++thresholds.ks_size=small"], "must be a number or null"),
         (["eval_users=1"], "at least 2"),
+        (["policies=[poplarity]"], "did you mean 'popularity'"),
         (["env.data=null"], "no log"),
     ],
 )
