@@ -11,7 +11,7 @@ are the same bit by bit in any batch.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,12 +23,13 @@ from torch.nn.functional import embedding_bag, softplus
 from encoders.state import EMPTY
 from simulators.base import Catalog, SimSpec
 from simulators.fit import fit_once, load_state, user_table
-from simulators.fitted import Assumptions, FittedSimulator
+from simulators.fitted import Assumptions, FittedSimulator, with_display
 from simulators.habits import Habits
-from simulators.preference import RECENT, ItemFacts, Preference, sample_pairs
+from simulators.preference import RECENT, ItemFacts, Preference
+from simulators.preference_fit import sample_pairs
 from simulators.trips import Trips
 
-FORMAT = 1  # of a saved fit; raised when its content or meaning changes
+FORMAT = 4  # of a saved fit; raised when its content or meaning changes
 DEPTH, LEAVES, RATE = 6, 31, 0.1  # of a tree, and the share of each tree that is added
 LEAST, RIDGE = 200, 10.0  # rows of a leaf, and what draws it to 0: pairs never bought say little
 MOST = 20_000  # trips that trees are grown on: about 1.5 million pairs
@@ -226,9 +227,10 @@ class BoostedPreference(nn.Module):
         return self.seen.own_board(state)
 
     def affinities(self, state: dict[str, Tensor]) -> Tensor:
-        """(B, N, 2) affinity of each item to the household, float64."""
+        """(B, N, 3) as `Preference` has them, float64."""
         target = self.seen.target.double()
-        return torch.stack([state["often"] @ target.T, state["recent"] @ target.T], dim=2)
+        tastes = [state["often"] @ target.T, state["recent"] @ target.T]
+        return torch.stack([*tastes, self.seen.trend[state["week"]].double()], dim=2)
 
     def pair_features(self, items: Tensor, *known: Tensor) -> Tensor:
         """Features (..., F) float32 of aligned pairs, as `Preference` has them."""
@@ -245,12 +247,20 @@ class BoostedPreference(nn.Module):
         items = torch.where(empty, 0, items)
         target = self.seen.target[items].double()  # (B, K, R)
         tastes = torch.stack([state["often"], state["recent"]], dim=2)  # (B, R, 2)
-        theta = self._theta(state, items, *self.seen.own(state, items), target @ tastes)
+        trend = self.seen.trend[state["week"][:, None], items].double()  # (B, K)
+        affinity = torch.cat([target @ tastes, trend[..., None]], dim=2)  # (B, K, 3)
+        theta = self._theta(state, items, *self.seen.own(state, items), affinity)
         return theta.masked_fill(empty, -torch.inf)
+
+    def opinions(self, state: dict[str, Tensor], items: Tensor) -> Tensor:
+        """theta (B, K, 1): trees are of one opinion."""
+        return self.logit(state, items)[:, :, None]
+
+    agreed = staticmethod(Preference.agreed)
 
     def logits(self, state: dict[str, Tensor], rows: int = 16) -> Tensor:
         """theta (B, N) of the whole catalogue, `rows` households at a time."""
-        items = torch.arange(len(self.bias), device=self.bias.device)
+        items = torch.arange(len(self.log_rate), device=self.log_rate.device)
         parts = []
         for start in range(0, len(state["past"]), rows):
             some = {k: v[start : start + rows] for k, v in state.items()}
@@ -261,7 +271,7 @@ class BoostedPreference(nn.Module):
     def _theta(
         self, state: dict[str, Tensor], items: Tensor, count: Tensor, age: Tensor, affinity: Tensor
     ) -> Tensor:
-        """theta of items (B, K) given own count and age (B, K) and affinity (B, K, 2)."""
+        """theta of items (B, K) given own count and age (B, K) and affinity (B, K, 3)."""
         same = self.seen.same_group(state, items)
         scalars = state["scalars"][:, None].expand(-1, items.shape[1], -1)
         pair = self.pair_features(items, count, age, affinity, same, scalars)
@@ -322,7 +332,8 @@ class BoostedSimulator:
 
         about = f"boosted {FORMAT} {trees}"
         key, state = fit_once(spec, learn, about, window=window, what="the boosted users")
-        parts = restore(state)
+        preference, habits = restore(state)
+        parts = preference, with_display(habits, spec, Assumptions(**assumed))
         users = spec.users if spec.users is not None else user_table(state["users"])
         assert spec.catalog is not None
         return FittedSimulator(
@@ -348,11 +359,10 @@ def restore(state: dict[str, Any]) -> tuple[Preference, Habits]:
         raise ValueError(
             "a fit without trees: FittedSimulator.load reads what was fitted with a net"
         )
-    names = ("log_rate", "gap", "groups", "source", "target")
-    facts = ItemFacts(**{name: weights[f"seen.{name}"] for name in names})
-    features, hidden = state["sizes"]
-    seen = Preference(facts, features - Preference.extra, hidden)
+    named = {field.name: weights[f"seen.{field.name}"] for field in fields(ItemFacts)}
+    features, hidden, members = state["sizes"]
+    seen = Preference(ItemFacts(**named), features - Preference.extra, hidden, members)
     trees = Trees(*(weights[name] for name in ("feature", "threshold", "value")))
     model = BoostedPreference(seen, trees)
     model.load_state_dict(weights)
-    return cast(Preference, model), Habits(**state["habits"])
+    return cast(Preference, model), Habits.of(state["habits"])

@@ -1,6 +1,7 @@
 """Fit the parts of a `FittedSimulator` to a log: all that is learnt, as plain tensors."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from torch import Tensor
 from encoders.items import interactions
 from simulators.base import Catalog, SimSpec, UserTable
 from simulators.catalog import finest_categories
-from simulators.habits import Habits, fit_habits
+from simulators.habits import Habits, learn_habits
 from simulators.preference import ItemFacts, Preference, item_to_item
 from simulators.trips import Trips, trips_from_logs
+from simulators.visits import lines_of
 from sources.cache import cached
 from sources.logs import Logs
 
+LATE, EASED = 28.0, 5.0  # days of the trend, and purchases that it is drawn to the usual with
+SEASONS = 0.2  # weight of the whole past in an item's usual rate
 STARTS = 6  # starting points of a household among its trips before the cut
 
 
@@ -27,8 +31,9 @@ def moment(day: float) -> pd.Timestamp:
 
 
 def item_facts(
-    logs: Logs, catalog: Catalog, log_rate: Tensor, weight: pd.Series | None
-) -> ItemFacts:
+    logs: Logs, catalog: Catalog, log_rate: Tensor, weight: pd.Series | None,
+    trend: tuple[Tensor, Tensor],
+) -> ItemFacts:  # fmt: skip
     """What the model may know of the catalogue's items from `logs`, households weighted."""
     counts, users = interactions(logs, catalog.ids)
     if weight is not None:
@@ -45,7 +50,49 @@ def item_facts(
         groups=torch.from_numpy(groups.astype(np.int64)),
         source=source,
         target=target,
+        trend=trend[0],
+        span=trend[1],
     )
+
+
+def usual_rate(logs: Logs, catalog: Catalog, trips: Trips, weight: pd.Series) -> Tensor:
+    """Log share (N,) of the trips that buy an item: of a window, with some of the whole past.
+
+    So that what was out of season all through the window is not thought gone.
+    """
+    heavy = weight.loc[trips.user].to_numpy(np.float64)  # (n,)
+    n = len(catalog)
+    sold = np.bincount(trips.bought, np.repeat(heavy, np.diff(trips.pointer)), minlength=n)
+    lines = lines_of(logs, catalog.ids, weight.index.to_numpy())
+    ever = np.bincount(lines.item, weight.to_numpy(np.float64)[lines.user], minlength=n)
+    mixed = (1 - SEASONS) * sold + SEASONS * ever * sold.sum() / max(ever.sum(), 1.0)
+    return torch.from_numpy(np.log((mixed + 0.5) / heavy.sum())).float()
+
+
+def trends(
+    logs: Logs, catalog: Catalog, log_rate: Tensor, since: float, weight: pd.Series
+) -> tuple[Tensor, Tensor]:
+    """How much more than usual each item was bought in the LATE days before each week, (W, N) logs.
+
+    Usual is its share `log_rate` (N,) of all purchases. Rows are a week apart from day `since` on,
+    the last is the catalogue's cut: nothing later is known. Also the first and last moment (2,).
+    """
+    until = catalog.as_of
+    moments = np.append(np.arange(since, until, 7.0), until)  # (W,)
+    users = weight.index.to_numpy()
+    lines = lines_of(logs.since(moment(since - LATE)), catalog.ids, users)
+    order = np.argsort(lines.time, kind="stable")
+    time, item = lines.time[order], lines.item[order]
+    heavy = weight.to_numpy(np.float64)[lines.user[order]]
+    share = log_rate.double().exp().numpy()
+    share = share / share.sum()
+    rows = []
+    for now in moments:
+        late = slice(*np.searchsorted(time, [now - LATE, now]))
+        seen = np.bincount(item[late], heavy[late], minlength=len(share))
+        rows.append(np.log((seen + EASED) / (seen.sum() * share + EASED)))
+    table = torch.from_numpy(np.array(rows, dtype=np.float32))  # (W, N)
+    return table, torch.tensor([since, until], dtype=torch.float64)
 
 
 def usual_gap(logs: Logs, ids: np.ndarray) -> Tensor:
@@ -111,16 +158,13 @@ def fit_model(
     times = rng.multinomial(size, np.full(size, 1 / size)) if bootstrap else np.ones(size, np.int64)
     drawn = pd.Series(times, index=households)
     weight = drawn.loc[trips.user].to_numpy(np.float64)  # (n,)
-    sold = np.bincount(
-        trips.bought, np.repeat(weight, np.diff(trips.pointer)), minlength=len(catalog)
-    )
-    log_rate = torch.from_numpy(np.log((sold + 0.5) / weight.sum())).float()
+    log_rate = usual_rate(logs, catalog, trips, drawn)
     draw = drawn if bootstrap else None
-    before = item_facts(past, catalog, log_rate, draw)
-    preference = learn(trips, weight, before)
+    trend = trends(logs, catalog, log_rate, since, drawn)
+    preference = learn(trips, weight, item_facts(past, catalog, log_rate, draw, trend))
     # From here on the model serves users after the window: item-to-item weights of all the past.
-    preference.renew(item_facts(logs, catalog, log_rate, draw))
-    habits = fit_habits(preference, trips, weight, catalog.category.cpu(), seed)
+    preference.renew(item_facts(logs, catalog, log_rate, draw, trend))
+    habits = learn_habits(preference, catalog, trips, weight, seed)
     users = trips[starting_points(trips, rng)].users()
     table = vars(users) | {"ids": users.ids.tolist(), "ids_type": str(users.ids.dtype)}
     return store(preference, habits) | {"users": table}
@@ -137,19 +181,19 @@ def starting_points(trips: Trips, rng: np.random.Generator) -> np.ndarray:
 
 def store(preference: Preference, habits: Habits) -> dict[str, Any]:
     """A fit as plain tensors and numbers."""
-    sizes = preference.of_user.in_features, preference.of_user.out_features
-    return {"preference": preference.state_dict(), "sizes": sizes, "habits": vars(habits)}
+    layer = preference.of_user
+    sizes = layer.in_features, layer.out_features, preference.bias.shape[1]
+    return {"preference": preference.state_dict(), "sizes": sizes, "habits": habits.plain()}
 
 
 def restore(state: dict[str, Any]) -> tuple[Preference, Habits]:
     """The model and habits that `store` wrote."""
     weights: Mapping[str, Tensor] = state["preference"]
-    names = ("log_rate", "gap", "groups", "source", "target")
-    facts = ItemFacts(**{name: weights[name] for name in names})
-    features, hidden = state["sizes"]
-    preference = Preference(facts, features - Preference.extra, hidden)
+    facts = ItemFacts(**{field.name: weights[field.name] for field in fields(ItemFacts)})
+    features, hidden, members = state["sizes"]
+    preference = Preference(facts, features - Preference.extra, hidden, members)
     preference.load_state_dict(weights)
-    return preference.eval().requires_grad_(False), Habits(**state["habits"])
+    return preference.eval().requires_grad_(False), Habits.of(state["habits"])
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -1,36 +1,42 @@
 """Users fitted to a log of purchases: `FittedSimulator.fit(SimSpec(logs, catalog))`.
 
 Fitted on trips of a window before the cut: how likely a household is to buy each product on a trip
-(preference.py), when it stops buying, how much a purchase changes its wish for others of the
-category (habits.py). Days between trips are the household's own.
+(preference.py), when it stops buying (habits.py), how what it has in the basket changes its wish
+for anything else (company.py; `satiation`: a number taken per purchase of the category instead, 0:
+nothing changes; where baskets are too few for company.py, one number is fitted), and when it comes
+back for another trip (returns.py; an exponential gap by its own rate where trips are too few).
 
 Assumed, since purchases cannot tell: a household leaves a useless slate with probability `patience`
-(0: never); being shown changes nothing (`exposure`, added to theta; 0: nothing) whatever the slot
-(`position`, lost per slot; 0: nothing); taste does not drift within a trip (`drift`; 0: none).
+(0: never); being shown changes nothing (`exposure`, added to theta; 0: nothing; `display`: as much
+as a display in a shop, promotions.py) whatever the slot (`position`, lost per slot; 0: nothing);
+taste does not drift within a trip (`drift`; 0: none).
 A product shown is judged as if the household were shopping alone: the choice among K is a logit.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding_bag
 
 from encoders.state import EMPTY, remember
 from simulators import choice as choices
 from simulators import dynamics
 from simulators.base import Catalog, Response, SimSpec, UserState, UserTable
 from simulators.draws import Draws
-from simulators.fit import fit_once, load_state, restore, store, user_table
+from simulators.fit import fit_once, load_state, moment, restore, store, user_table
 from simulators.habits import Habits
-from simulators.preference import Preference, fit_preference
+from simulators.preference import Preference
+from simulators.preference_fit import fit_preference
 
-FORMAT = 3  # of a saved fit; raised when its content or meaning changes
+FORMAT = 6  # of a saved fit; raised when its content or meaning changes
 BASKET = 40  # M: purchases of one trip; a household with a full basket goes home
+DESCRIBED = 20_000  # users of a table up to which all are described once and kept: 0.2 GB
+CHUNK = 2048  # described at once
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Assumptions:
     patience: float = 0.1
     satiation: float | None = None
     drift: float = 0.0
-    exposure: float = 0.0
+    exposure: float | str = 0.0  # or "display"
     position: float = 0.0
     choice: str = "logit"
     trips: int = 1
@@ -54,6 +60,10 @@ class Assumptions:
             raise ValueError(f"choice must be logit, independent or cascade, got {self.choice!r}")
         for name in ("satiation", "drift", "exposure", "position"):
             value = getattr(self, name)
+            if name == "exposure" and isinstance(value, str):
+                if value != "display":
+                    raise ValueError(f"exposure must be a number or display, got {value!r}")
+                continue
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value}")
 
@@ -90,7 +100,13 @@ class FittedSimulator:
         self.habits = habits.to(device)
         self.users = users.to(device)
         fitted = self.assumed.satiation is None
-        self.satiation = habits.satiation if fitted else self.assumed.satiation
+        self.company = self.habits.company if fitted else None
+        constant = habits.satiation if fitted else self.assumed.satiation
+        self.satiation = None if self.company else constant  # None: not one number
+        self.exposure = exposure_of(self.assumed, habits)
+        self.seen: tuple[UserTable, UserState] | None = (
+            None  # all users of a small table, described
+        )
         self.price = torch.nan_to_num(self.catalog.price)  # (N,)
         self.fit_key = fit_key  # names all that the fit came from
 
@@ -100,8 +116,9 @@ class FittedSimulator:
         spec: SimSpec,
         *,
         window: float = 150.0,
-        epochs: int = 2,
+        epochs: int = 6,
         hidden: int = 32,
+        members: int = 5,
         **assumed: Any,
     ) -> "FittedSimulator":
         """Fit to the purchases of `spec.logs` in the `window` days before the catalogue's cut.
@@ -109,16 +126,19 @@ class FittedSimulator:
         `assumed` are the fields of `Assumptions`. A fit is kept and found again by the content of
         all that goes in.
         """
-        if not window > 0 or epochs < 1 or hidden < 1:
+        if not window > 0 or epochs < 1 or hidden < 1 or members < 1:
             raise ValueError(
-                "window must be above 0 days, epochs and hidden at least 1, got "
-                f"window={window}, epochs={epochs}, hidden={hidden}"
+                "window must be above 0 days, epochs, hidden and members at least 1, got "
+                f"window={window}, epochs={epochs}, hidden={hidden}, members={members}"
             )
         Assumptions(**assumed)  # a wrong one is refused before the work
-        learn = partial(fit_preference, epochs=epochs, hidden=hidden, seed=spec.seed)
-        about = f"fit {FORMAT} {epochs} {hidden}"
+        learn = partial(
+            fit_preference, epochs=epochs, hidden=hidden, members=members, seed=spec.seed
+        )
+        about = f"fit {FORMAT} {epochs} {hidden} {members}"
         key, state = fit_once(spec, learn, about, window=window, what="the fitted users")
         preference, habits = restore(state)
+        habits = with_display(habits, spec, Assumptions(**assumed))
         users = spec.users if spec.users is not None else user_table(state["users"])
         assert spec.catalog is not None
         return cls(
@@ -156,65 +176,97 @@ class FittedSimulator:
     def start(self, users: Tensor, draws: Draws) -> UserState:
         """Rows of `users` (B,) to the state of B households who enter."""
         table = self.users
-        state = self.preference.describe(
-            table.profile[users],
-            table.past[users],
-            table.past_count[users],
-            table.past_age[users],
-            table.start[users],
-        )
-        none = torch.zeros_like(users)
-        return state | {
-            "row": users,
-            "time": table.start[users],
-            "basket": torch.full((len(users), BASKET), EMPTY, device=users.device),  # this trip
-            "purchases": none,
-            "trip": none,
+        if len(table) > DESCRIBED:
+            state = self._described(users)
+        else:  # households come again and again
+            if self.seen is None or self.seen[0] is not table:
+                parts = [self._described(rows) for rows in self._rows().split(CHUNK)]
+                self.seen = table, {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+            state = {k: v.index_select(0, users) for k, v in self.seen[1].items()}
+        members = self.preference.bias.shape[1]
+        member = (draws.uniform("member")[:, 0] * members).long()  # (B,) whom a household is like
+        enters = {"row": users, "time": table.start[users], "trip": torch.zeros_like(users)}
+        return state | self._entered(len(users)) | enters | {"member": member}
+
+    def _described(self, users: Tensor) -> UserState:
+        """What the preference model knows of rows of `users` (B,) as they enter."""
+        table = self.users
+        columns = (table.profile, table.past, table.past_count, table.past_age, table.start)
+        return self.preference.describe(*(x.index_select(0, users) for x in columns))
+
+    def _rows(self) -> Tensor:
+        return torch.arange(len(self.users), device=self.price.device)
+
+    def _entered(self, count: int) -> UserState:
+        """What is known of this trip at its beginning, of `count` households."""
+        device = self.price.device
+        empty: UserState = {
+            "basket": torch.full((count, BASKET), EMPTY, device=device),
+            "purchases": torch.zeros(count, dtype=torch.int64, device=device),
         }
+        if self.company:  # running sums over the basket
+            width = self.company.source.shape[1] + self.company.vectors.shape[1]
+            empty["together"] = torch.zeros(count, width, device=device)  # (B, R + D)
+        return empty
 
     def respond(self, state: UserState, slate: Tensor, draws: Draws) -> tuple[Response, UserState]:
         """Answer a slate (B, K) of distinct items or EMPTY; the state handed in is not changed."""
-        theta = self._theta(state, slate)  # (B, K)
+        opinions = self.preference.opinions(state, slate)  # (B, K, M)
+        own = self.preference.agreed(state, opinions)  # (B, K)
+        theta = self._theta(state, slate, own)  # (B, K)
+        unsure = self._unsure(opinions, own, theta)  # (B, K)
         chosen, organic = self._choose(theta, slate, state, draws)  # (B, K) each
         bought = chosen.any(dim=1)  # (B,)
         state = dict(state)
         basket, purchases = fill(state["basket"], state["purchases"], slate, chosen)
         state["basket"], state["purchases"] = basket, purchases
-        if self.assumed.drift:
-            what = embedding(slate.clamp_min(0), self.preference.source) * chosen[:, :, None]
-            state["recent"] = state["recent"] + self.assumed.drift * what.sum(dim=1)
+        state |= self._moved(state, slate, chosen, bought)
         stop = self.habits.stop_hazard(purchases, self.users.profile[state["row"], 0])  # (B,)
         hazard = dynamics.leave_hazard(bought, stop, ~bought, self.assumed.patience)  # (B,)
         over = (draws.uniform("leave")[:, 0] < hazard) | (purchases >= BASKET)  # (B,)
         left = over & (state["trip"] >= self.assumed.trips - 1)  # (B,)
         elapsed = torch.zeros_like(hazard)  # (B,) days
         if self.assumed.trips > 1:
-            every = torch.exp(-self.users.profile[state["row"], 1])  # (B,) days a trip
-            gap = dynamics.return_gap(draws.uniform("return")[:, 0], every)
-            elapsed = torch.where(over & ~left, gap, elapsed)
-            state = self._come_back(state, elapsed)
+            rows = (over & ~left).nonzero().squeeze(1)  # (R,)
+            gap = self._gap(state, rows, draws.uniform("return", 3)[rows])  # (R,)
+            elapsed = elapsed.index_copy(0, rows, gap)
+            state = self._come_back(state, rows, gap)
         value = self.price[slate.clamp_min(0)] * chosen  # (B, K)
-        # One fit has no opinion of its own error.
-        return Response(
-            {"buy": chosen}, organic, value, left, elapsed, torch.zeros_like(value)
-        ), state
+        return Response({"buy": chosen}, organic, value, left, elapsed, unsure), state
 
     def relevance(self, state: UserState) -> Tensor:
         """(B, N) true probability that each item, shown alone now, is bought: for oracles only."""
         theta = self.preference.logits(state)
-        category = self.catalog.category.expand(len(theta), -1)
-        return (self._sated(theta, category, state) + self.assumed.exposure).sigmoid()
+        if self.company:
+            rows = (state["purchases"] > 0).nonzero().squeeze(1)  # (R,)
+            baskets = state["basket"][rows, : _most(state)]
+            theta = theta.index_add(0, rows, self.company.change(baskets))
+        else:
+            theta = self._sated(theta, self.catalog.category.expand(len(theta), -1), state)
+        return (theta + self.exposure).sigmoid()
 
-    def _theta(self, state: UserState, slate: Tensor) -> Tensor:
-        """Logits (B, K) of buying now, unshown; -inf in an empty slot."""
-        theta = self.preference.logit(state, slate)
-        return self._sated(theta, self.catalog.category[slate.clamp_min(0)], state)
+    def _unsure(self, opinions: Tensor, own: Tensor, theta: Tensor) -> Tensor:
+        """Spread (B, K) of the members' probabilities that an item, shown alone, is bought."""
+        if opinions.shape[2] == 1:
+            return torch.zeros_like(theta)  # one fit has no opinion of its own error
+        change = torch.where(own == -torch.inf, 0.0, theta - own) + self.exposure  # (B, K)
+        return (opinions + change[:, :, None]).sigmoid().std(dim=2)
+
+    def _theta(self, state: UserState, slate: Tensor, theta: Tensor) -> Tensor:
+        """Logits (B, K) of buying now, unshown, given those of an empty basket."""
+        items = slate.clamp_min(0)
+        if not self.company:
+            return self._sated(theta, self.catalog.category[items], state)
+        rows = (state["purchases"] > 0).nonzero().squeeze(1)  # (R,) the others have no basket yet
+        known = (state["together"], state["basket"][:, : _most(state)], state["purchases"], items)
+        return theta.index_add(
+            0, rows, self.company.beside(*(x.index_select(0, rows) for x in known))
+        )
 
     def _sated(self, theta: Tensor, category: Tensor, state: UserState) -> Tensor:
         if not self.satiation:
             return theta
-        most = int(state["purchases"].max())
-        basket = state["basket"][:, :most]  # (B, m)
+        basket = state["basket"][:, : _most(state)]  # (B, m)
         taken = torch.where(basket == EMPTY, EMPTY, self.catalog.category[basket.clamp_min(0)])
         return dynamics.satiate(theta, category, taken, self.satiation)
 
@@ -224,7 +276,7 @@ class FittedSimulator:
         """What is bought and what would have been unshown, (B, K) bool each."""
         key = slate + len(self.catalog) * state["trip"][:, None]  # new wishes on a new trip
         uniform = draws.per_item("buy", key)  # (B, K)
-        shown = choices.position(theta + self.assumed.exposure, self.assumed.position)
+        shown = choices.position(theta + self.exposure, self.assumed.position)
         if self.assumed.choice != "logit":
             choose = choices.cascade if self.assumed.choice == "cascade" else choices.independent
             return choose(shown, uniform), choices.independent(theta, uniform)
@@ -232,23 +284,85 @@ class FittedSimulator:
         outside = choices.gumbel(draws.uniform("outside"))[:, 0]  # (B,)
         return choices.logit(shown, noise, outside), choices.organic(theta, noise, outside)
 
-    def _come_back(self, state: UserState, elapsed: Tensor) -> UserState:
-        """Let `elapsed` (B,) days go by for who ends a trip: the basket becomes past."""
-        rows = (elapsed > 0).nonzero().squeeze(1)  # (R,)
+    def _moved(self, state: UserState, slate: Tensor, chosen: Tensor, bought: Tensor) -> UserState:
+        """What purchases of this slate do to the wishes that come after it."""
+        moved: UserState = {}
+        if not self.company and not self.assumed.drift:
+            return moved
+        rows = bought.nonzero().squeeze(1)  # (R,)
+        items = slate.index_select(0, rows).clamp_min(0)  # (R, K)
+        taken = chosen.index_select(0, rows)  # (R, K)
+        if self.company:
+            sums = self.company.sums(items, taken)
+            moved["together"] = state["together"].index_add(0, rows, sums)
+        if self.assumed.drift:
+            table, weight = self.preference.source, taken.float()
+            what = embedding_bag(items, table, per_sample_weights=weight, mode="sum")  # (R, R')
+            what = what.to(state["recent"].dtype)
+            moved["recent"] = state["recent"].index_add(0, rows, what, alpha=self.assumed.drift)
+        return moved
+
+    def _gap(self, state: UserState, rows: Tensor, uniform: Tensor) -> Tensor:
+        """Days (R,) until households `rows` (R,) come back, given `uniform` (R, 3)."""
+        row, time = state["row"][rows], state["time"][rows]  # (R,) each
+        profile = self.users.profile[row]
+        if self.habits.returns is None:
+            every = torch.exp(-profile[:, 1])  # (R,) days a trip
+            return dynamics.return_gap(uniform[:, 0], every)
+        log_days = profile[:, 2].double()  # (R,) since the first trip, + 7, as it entered
+        trips = torch.exp(profile[:, 1] + log_days) + state["trip"][rows]  # (R,) with this one
+        days = log_days.exp() - 7 + time - self.users.start[row]
+        return self.habits.returns.gap(uniform, time, trips, days)
+
+    def _come_back(self, state: UserState, rows: Tensor, elapsed: Tensor) -> UserState:
+        """Let `elapsed` (R,) days go by for who ends a trip, `rows` (R,): the basket is past."""
         if len(rows) == 0:
             return state
-        basket = state["basket"][rows][:, : max(1, int(state["purchases"][rows].max()))]
-        past, count, age = (state[k][rows] for k in ("past", "count", "age"))
-        time = state["time"][rows] + elapsed[rows].double()
-        past, count, age = remember(past, count, age, basket, elapsed[rows])
+        most = max(1, int(state["purchases"][rows].max()))
+        names = ("basket", "past", "count", "age")
+        basket, past, count, age = (state[k].index_select(0, rows) for k in names)
+        time = state["time"][rows] + elapsed.double()
+        past, count, age = remember(past, count, age, basket[:, :most], elapsed)
         profile = self.users.profile[state["row"][rows]]
-        fresh = self.preference.describe(profile, past, count, age, time) | {
-            "time": time,
-            "basket": torch.full((len(rows), BASKET), EMPTY, device=rows.device),
-            "purchases": torch.zeros_like(rows),
-            "trip": state["trip"][rows] + 1,
-        }
+        fresh = self.preference.describe(profile, past, count, age, time) | self._entered(len(rows))
+        fresh |= {"time": time, "trip": state["trip"][rows] + 1}
         return state | {k: state[k].index_copy(0, rows, v) for k, v in fresh.items()}
+
+
+def _most(state: UserState) -> int:
+    """How many places of the baskets are filled, at most."""
+    return min(BASKET, max(1, int(state["purchases"].max())))
+
+
+def exposure_of(assumed: Assumptions, habits: Habits) -> float:
+    """What being shown adds to theta."""
+    if not isinstance(assumed.exposure, str):
+        return assumed.exposure
+    if habits.display is None:
+        raise ValueError(
+            "exposure=display needs users fitted with exposure=display to a log with a table of "
+            "promotions, as Complete Journey has: fit them so, or give exposure as a number "
+            "(docs/promotions.md)"
+        )
+    return habits.display
+
+
+def with_display(habits: Habits, spec: SimSpec, assumed: Assumptions) -> Habits:
+    """Measure, if asked for, what a display does to sales of the catalogue before its cut."""
+    if not isinstance(assumed.exposure, str):
+        return habits
+    from simulators.promotions import fit_display_lift
+
+    assert spec.logs is not None
+    assert spec.catalog is not None
+    if spec.logs.name != "complete_journey":
+        raise ValueError(
+            f"exposure=display: {spec.logs.name} comes with no table of promotions that says what "
+            "was displayed where: measure yours with simulators.promotions.display_lift(logs, "
+            "promotions, items) and give its log_shift as the number exposure= (docs/promotions.md)"
+        )
+    past = spec.logs.before(moment(spec.catalog.as_of))
+    return replace(habits, display=fit_display_lift(past, spec.catalog.ids).log_shift)
 
 
 def fill(basket: Tensor, filled: Tensor, slate: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:

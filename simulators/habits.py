@@ -1,13 +1,17 @@
-"""When a household stops buying, and what a purchase does to its other wishes: from the log."""
+"""When a household stops buying and returns, what a purchase does to other wishes: from the log."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from simulators.base import Catalog
+from simulators.company import Company, fit_company
 from simulators.preference import Preference, bought_board, describe_trips
+from simulators.returns import Returns, fit_returns
 from simulators.trips import Trips
 
 NTH = 12  # purchases told apart by the stop hazard; from there on it is constant
@@ -21,14 +25,42 @@ class Habits:
     stop: Tensor  # (NTH,) logit of stopping after the nth purchase
     size_slope: float  # per unit of the household's log items per trip, profile column 0
     satiation: float  # taken from theta per purchase of the same category on this trip
+    company: Company | None = None  # what goes together; None: baskets were too few to tell
+    returns: Returns | None = None  # when it comes back; None: trips were too few to tell
+    display: float | None = None  # added to theta by being shown, if displays speak for slates
 
     def to(self, device: str) -> "Habits":
-        return Habits(self.stop.to(device), self.size_slope, self.satiation)
+        company, returns = self.company and self.company.to(device), self.returns
+        returns = returns and returns.to(device)
+        return replace(self, stop=self.stop.to(device), company=company, returns=returns)
+
+    def plain(self) -> dict[str, Any]:
+        """All of it as tensors and numbers."""
+        parts = {"company": self.company, "returns": self.returns}
+        return vars(self) | {name: part and dict(vars(part)) for name, part in parts.items()}
+
+    @staticmethod
+    def of(plain: dict[str, Any]) -> "Habits":
+        """What `plain` wrote."""
+        company, returns = plain.get("company"), plain.get("returns")
+        return Habits(**plain | {
+            "company": company and Company(**company), "returns": returns and Returns(**returns),
+        })  # fmt: skip
 
     def stop_hazard(self, purchases: Tensor, log_size: Tensor) -> Tensor:
         """Probability (B,) to go home after the `purchases`-th purchase (B,)."""
         nth = (purchases - 1).clamp(min=0, max=NTH - 1)
         return (self.stop[nth] + self.size_slope * log_size).sigmoid()
+
+
+def learn_habits(
+    preference: Preference, catalog: Catalog, trips: Trips, weight: np.ndarray, seed: int
+) -> Habits:
+    """All habits of households whose trips before the catalogue's cut are weighted (n,)."""
+    habits = fit_habits(preference, trips, weight, catalog.category.cpu(), seed)
+    company = fit_company(preference, catalog, trips, np.random.default_rng(seed), weight)
+    returns = fit_returns(trips, weight, until=catalog.as_of, rng=np.random.default_rng(seed))
+    return replace(habits, company=company if company.learnt else None, returns=returns)
 
 
 def fit_habits(

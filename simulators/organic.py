@@ -1,12 +1,12 @@
 """Users who shop alone: a free walk through a span of days, to be held against what happened.
 
 Nobody recommends anything. Day by day users come, at an hour, for a number of items (rhythm.py);
-which ones, the preference model says (preference.py) and the basket so far (company.py), one item
-after another by a logit. What is bought becomes the past of the next visit, so faults add up as
-days go by. Money comes from past lines of the same item.
+which ones, the preference model says (preference.py), what so large a visit is for (missions.py)
+and the basket so far (company.py), one item after another by a logit. What is bought becomes the
+past of the next visit, so faults add up as days go by. Money comes from past lines of an item.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -17,8 +17,9 @@ from encoders.state import EMPTY, remember
 from simulators.base import Catalog, UserTable
 from simulators.company import Company, fit_company
 from simulators.fit import moment
+from simulators.missions import Missions, fit_missions
 from simulators.preference import Preference
-from simulators.rhythm import Memory, Rhythm, fit_rhythm, hour_of, weekday_of
+from simulators.rhythm import Memory, Rhythm, dawn_of, fit_rhythm, hour_of, weekday_of
 from simulators.trips import HABITS, trips_from_logs
 from simulators.visits import Lines, lines_of, visits_of
 from sources.logs import Logs
@@ -84,24 +85,37 @@ class Alone:
 
     preference: Preference
     company: Company
+    missions: Missions
+    dawn: int  # hour that the days of the rhythm begin at
     rhythm: Rhythm
     bank: Bank
 
 
 def fit_alone(
-    preference: Preference, logs: Logs, catalog: Catalog, *, window: float, seed: int = 0
-) -> Alone:
-    """Learn rhythm and company from the `window` days of `logs` before the catalogue's cut."""
+    preference: Preference, logs: Logs, catalog: Catalog, *, window: float, seed: int = 0,
+    company: Company | None = None,
+) -> Alone:  # fmt: skip
+    """Learn rhythm and company from the `window` days of `logs` before the catalogue's cut.
+
+    A `company` that was learnt there already (Habits.company) is not learnt again.
+    """
     past = logs.before(moment(catalog.as_of))
     since = catalog.as_of - window
     rng = np.random.default_rng(seed)
     users = past.users["user"].to_numpy()
     lines = lines_of(past, catalog.ids, users)
-    rhythm = fit_rhythm(visits_of(lines), len(users), since=since, until=catalog.as_of)
+    visits = visits_of(lines)
+    dawn = dawn_of(visits.time)
+    clock = replace(visits, time=visits.time - dawn / 24)
+    span = {"since": since - dawn / 24, "until": catalog.as_of - dawn / 24}
+    rhythm = fit_rhythm(clock, len(users), **span)
     trips = trips_from_logs(past, catalog.ids, since=since)
-    company = fit_company(preference, catalog, trips, rng)
+    if company is None:
+        company = fit_company(preference, catalog, trips, rng)
+    missions = fit_missions(preference, company, trips, rng)
     recent = lines_of(past.since(moment(since)), catalog.ids, users)
-    return Alone(preference, company, rhythm, Bank.of(recent, len(catalog), rng))
+    bank = Bank.of(recent, len(catalog), rng)
+    return Alone(preference, company, missions, dawn, rhythm, bank)
 
 
 @torch.no_grad()
@@ -109,9 +123,9 @@ def walk(
     alone: Alone, users: UserTable, memory: Memory, *, until: float, rng: np.random.Generator
 ) -> Lines:
     """Let users (U,), of whom `memory` tells the rhythm, live from `start` to the day `until`."""
-    rhythm = alone.rhythm
-    start = int(np.floor(users.start.min().item()))
-    memory = memory.rows(np.arange(len(users)))  # its own copy
+    rhythm, dawn = alone.rhythm, alone.dawn / 24
+    start = float(users.start.min().item())
+    memory = memory.rows(np.arange(len(users))).by_clock(alone.dawn)  # its own copy
     table = {
         "past": users.past.clone(), "count": users.past_count.clone(),
         "age": users.past_age.clone(), "profile": users.profile.clone(),
@@ -119,7 +133,7 @@ def walk(
     }  # fmt: skip
     habits = _Habits(users.profile, users.start)
     found: list[tuple[np.ndarray, ...]] = []
-    for day in range(start, int(np.ceil(until))):
+    for day in range(int(np.floor(start - dawn)), int(np.ceil(until - dawn))):
         who = np.nonzero(memory.count > 0)[0]
         weekday = int(weekday_of(np.array([day]))[0])
         for _ in range(A_DAY):
@@ -128,16 +142,20 @@ def walk(
             who = who[rng.random(len(who)) < came]
             if not len(who):
                 break
+            time = rhythm.time(memory.rows(who), day, weekday, rng)
+            inside = (time + dawn >= start) & (time + dawn < until)
+            who, time = who[inside], time[inside]
+            if not len(who):
+                break
             now = memory.rows(who)
-            time = rhythm.time(now, day, weekday, rng)
             days = np.full(len(who), weekday)
             gap = np.maximum(day - np.floor(now.last), 0.0)
             size = rhythm.sizes(now, gap, hour_of(time), days, rng)
-            rows, at = torch.from_numpy(who), torch.from_numpy(time)
+            rows, at = torch.from_numpy(who), torch.from_numpy(time + dawn)
             _go_on(table, rows, at)
             table["profile"][rows, :HABITS] = habits.columns(rows, at)
             baskets = _baskets(alone, table, rows, size, rng)
-            spent = _note(found, baskets, who, time, alone.bank, rng)
+            spent = _note(found, baskets, who, time + dawn, alone.bank, rng)
             _remember(table, rows, baskets)
             habits.note(rows, size, spent)
             memory.note(who, time, size)
@@ -157,7 +175,7 @@ def _baskets(
     rng: np.random.Generator,
 ) -> Tensor:  # fmt: skip
     """What users `rows` (R,) take, (R, M) items, EMPTY-padded."""
-    preference, company = alone.preference, alone.company
+    preference, company, missions = alone.preference, alone.company, alone.missions
     size = np.minimum(size, len(preference.bias))
     out = torch.full((len(rows), int(size.max())), EMPTY)
     generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
@@ -168,7 +186,9 @@ def _baskets(
         wanted = torch.from_numpy(size[at : at + ROWS])
         for nth in range(int(wanted.max())):
             still = (wanted > nth).nonzero().squeeze(1)  # (q,)
-            now = theta[still] + (company.change(out[at + still, :nth]) if nth else 0.0)  # (q, N)
+            now = theta[still] + missions.change(wanted[still], nth)  # (q, N)
+            if nth:
+                now = now + company.change(out[at + still, :nth])
             noise = torch.empty_like(now).exponential_(generator=generator).log()
             best = (now - noise).argmax(dim=1)  # (q,) Gumbel-max
             out[at + still, nth] = best

@@ -3,12 +3,17 @@
 M sees features and history, never a user id, so that unseen users work: the household's own
 purchases of the item (how often, how long ago against the item's usual gap), what else it bought of
 the item's groups, how well the item goes with its past (item-to-item weights of EASE, Steck, 2019,
-in low rank), and the moment. It knows nothing of the encoder that agents see the shop through.
+in low rank), how much all households bought it of late, and the moment. It knows nothing of the
+encoder that agents see the shop through.
 
 A small net over these is trained on all trips of a window; the features of a trip come from before
 it, the item-to-item weights from before the window, so what is learnt of their worth holds for the
 future. Sampled non-purchases carry weights that undo the sampling: the probabilities are per trip
 and catalogue item.
+
+The last layer and the items' biases come in `members`, each learnt from a bootstrap sample of the
+households (bootstrapped heads: Osband et al., 2016): where they disagree the log says little. A
+state with a "member" (B,) is priced by it, any other by the mean of the members' logits.
 """
 
 from dataclasses import dataclass
@@ -17,18 +22,16 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, embedding_bag, gelu
-from tqdm import tqdm
+from torch.nn.functional import embedding_bag, gelu
 
 from encoders.state import EMPTY, calendar
 from simulators.trips import Trips
 
 MOMENT = 9  # of the context: weekday and hour; weeks of a year not yet seen cannot be learnt
-OWN, PAIR_PER_GROUP, AFFINITY = 6, 2, 2  # widths of the blocks of pair features
-LONG_KNOWN = 4.6  # log days: after about 100 a household is known, whatever the date
+OWN, PAIR_PER_GROUP, AFFINITY = 6, 2, 3  # widths of the blocks of pair features
+LONG_KNOWN = 5.8  # log days: after about 330 a household is known, whatever the date
+FAR = 5.0  # deviations: nothing is learnt of those further out
 RECENT = 30.0  # days in which the weight of a purchase falls to 1/e in the recent taste
-BATCH = 8192  # pairs in a step of the optimiser
-PAST_KEPT, FRESH = 0.3, 48  # share of not bought past items, number of new items, per trip sampled
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class ItemFacts:
     groups: Tensor  # (N, G) int64: the finest categories
     source: Tensor  # (N, R): item-to-item weight of i on j is source_i . target_j
     target: Tensor  # (N, R)
+    trend: Tensor  # (W, N) log of what all bought of late over the usual, week by week
+    span: Tensor  # (2,) float64 days: the first row's moment, the last one's
 
 
 def item_to_item(counts: csr_matrix, rank: int = 64, ridge: float = 300.0) -> tuple[Tensor, Tensor]:
@@ -73,11 +78,15 @@ class Preference(nn.Module):
     groups: Tensor
     source: Tensor
     target: Tensor
+    trend: Tensor
+    span: Tensor
     group_offset: Tensor  # (G,) first column of a group in the state's "groups"
     user_mean: Tensor
     user_scale: Tensor
 
-    def __init__(self, facts: ItemFacts, profile_size: int, hidden: int = 32) -> None:
+    def __init__(
+        self, facts: ItemFacts, profile_size: int, hidden: int = 32, members: int = 1
+    ) -> None:
         super().__init__()
         for name, value in vars(facts).items():
             self.register_buffer(name, value.clone())
@@ -86,14 +95,14 @@ class Preference(nn.Module):
         self.register_buffer("group_offset", sizes.cumsum(0) - sizes)  # (G,)
         self.group_total = int(sizes.sum())
         pair = AFFINITY + OWN + PAIR_PER_GROUP * g
-        self.bias = nn.Parameter(torch.zeros(n))
+        self.bias = nn.Parameter(torch.zeros(n, members))
         self.register_buffer("user_mean", torch.zeros(profile_size + self.extra))
         self.register_buffer("user_scale", torch.ones(profile_size + self.extra))
         self.of_user = blank(profile_size + self.extra, hidden)
         self.of_item = blank(2, hidden, bias=False)
         self.of_pair = blank(pair, hidden, bias=False)
         self.middle = blank(hidden, hidden)
-        self.out = blank(hidden, 1)
+        self.out = blank(hidden, members)
 
     def describe(
         self, profile: Tensor, past: Tensor, count: Tensor, age: Tensor, time: Tensor
@@ -119,13 +128,14 @@ class Preference(nn.Module):
         steady = profile.clone()
         steady[:, 2].clamp_(max=LONG_KNOWN)  # time goes on beyond the window: no trend to follow
         features = torch.cat([steady, scalars, calendar(time)[:, :MOMENT]], dim=1)
-        user = self.of_user((features - self.user_mean) / self.user_scale)  # (B, hidden)
+        user = self.of_user(self.standard(features))  # (B, hidden)
         return {
             "past": past,
             "count": count,
             "age": age,
             "features": features,
             "user": user,
+            "week": self.week(time),  # (B,) row of the trend
             "often": taste(self.source, often),
             "recent": taste(self.source, recent),
             "groups": groups,  # (B, sum of the groups' sizes)
@@ -133,10 +143,41 @@ class Preference(nn.Module):
             "scalars": torch.stack([profile[:, 1] + profile[:, 2], profile[:, 2], total], dim=1),
         }
 
+    def standard(self, features: Tensor) -> Tensor:
+        """Features (B, U) in units of their spread among those learnt from, FAR at most.
+
+        What never varied there (a country nobody came from) counts for nothing.
+        """
+        return ((features - self.user_mean) / self.user_scale).clamp(-FAR, FAR)
+
+    def week(self, time: Tensor) -> Tensor:
+        """Row (B,) of the trend at `time` (B,): what was known then."""
+        first, last = self.span
+        rows = len(self.trend) - 1
+        week = ((time - first) / 7).floor().clamp(0, max(rows - 1, 0)).long()
+        return torch.where(time >= last, rows, week)
+
     def renew(self, facts: ItemFacts) -> None:
-        """Take over what is known of the items at a later moment; what was learnt stays."""
-        for name in ("source", "target", "gap"):
-            getattr(self, name).copy_(getattr(facts, name))
+        """Take over what is known of the items at a later moment; what was learnt stays.
+
+        More data make all weights larger and all gaps longer: the new ones are put on the level and
+        scale of those learnt with, or all that is new to a household would seem likelier.
+        """
+        rate = self.log_rate.exp()  # (N,)
+
+        def strength(x: ItemFacts | Preference) -> Tensor:
+            return (rate @ x.source) @ (x.target.T @ rate)
+
+        def usual(x: ItemFacts | Preference) -> Tensor:
+            return (rate * x.gap).sum() / rate.sum()
+
+        scale = strength(self) / strength(facts)
+        if not 0.1 < scale < 10:  # weights around zero have no scale
+            scale = torch.ones(())
+        gap = facts.gap - usual(facts) + usual(self)
+        self.source.copy_(facts.source * scale)
+        self.target.copy_(facts.target)
+        self.gap.copy_(gap)
 
     def own(self, state: dict[str, Tensor], items: Tensor) -> tuple[Tensor, Tensor]:
         """How often and how many days ago (B, K) the household bought each of `items` (B, K)."""
@@ -147,7 +188,7 @@ class Preference(nn.Module):
 
     def own_board(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """`own` of the whole catalogue, (B, N) each."""
-        past, n = state["past"], len(self.bias)
+        past, n = state["past"], len(self.log_rate)
         place = torch.where(past == EMPTY, n, past)  # (B, H)
         boards = (
             torch.zeros(len(past), n + 1, device=past.device).scatter_(1, place, state[k])[:, :n]
@@ -171,8 +212,9 @@ class Preference(nn.Module):
         same: Tensor,
         user: Tensor,
     ) -> Tensor:
-        """Features (..., F) of aligned pairs: own count and age (...), `affinity` (..., 2) to what
-        was often and what was recently bought, `same` (..., G), and `user` (..., 3) scalars.
+        """Features (..., F) of aligned pairs: own count and age (...), `affinity` (..., 3) to what
+        was often and what was recently bought and of all to the item, `same` (..., G), and `user`
+        (..., 3) scalars.
         """
         known = (count > 0).float()
         old = age.log1p() * known
@@ -193,10 +235,12 @@ class Preference(nn.Module):
         return torch.cat([affinity, columns, others.log1p(), share], dim=-1)
 
     def score(self, user: Tensor, pair: Tensor, items: Tensor) -> Tensor:
-        """Logits of aligned rows: user part (..., hidden), pair features (..., F), items (...)."""
+        """Logits (..., M) by the members, of aligned rows: user part (..., hidden), pair features
+        (..., F), items (...).
+        """
         hidden = gelu(user + self.item_part()[items] + self.of_pair(pair))
-        change = self.out(gelu(self.middle(hidden))).squeeze(-1)
-        return self.log_rate[items] + self.bias[items] + change
+        change: Tensor = self.out(gelu(self.middle(hidden)))  # (..., M)
+        return self.log_rate[items].unsqueeze(-1) + self.bias[items] + change
 
     def item_part(self) -> Tensor:
         """What the first layer makes of the items alone, (N, hidden)."""
@@ -204,6 +248,10 @@ class Preference(nn.Module):
 
     def logit(self, state: dict[str, Tensor], items: Tensor) -> Tensor:
         """theta (B, K) of items (B, K); EMPTY gives -inf."""
+        return self.agreed(state, self.opinions(state, items))
+
+    def opinions(self, state: dict[str, Tensor], items: Tensor) -> Tensor:
+        """theta (B, K, M) by each member, of items (B, K); EMPTY gives -inf."""
         empty = items == EMPTY
         items = torch.where(empty, 0, items)
         target = self.target[items]  # (B, K, R)
@@ -211,6 +259,7 @@ class Preference(nn.Module):
             [
                 (state["often"][:, None] * target).sum(dim=2),
                 (state["recent"][:, None] * target).sum(dim=2),
+                self.trend[state["week"][:, None], items],
             ],
             dim=2,
         )
@@ -219,21 +268,31 @@ class Preference(nn.Module):
         pair = self.pair_features(
             items, count, age, affinity, self.same_group(state, items), scalars
         )
-        return self.score(state["user"][:, None], pair, items).masked_fill(empty, -torch.inf)
+        theta = self.score(state["user"][:, None], pair, items)  # (B, K, M)
+        return theta.masked_fill(empty[:, :, None], -torch.inf)
+
+    @staticmethod
+    def agreed(state: dict[str, Tensor], opinions: Tensor) -> Tensor:
+        """Of opinions (B, K, M) that of the user's own member, or their mean, (B, K)."""
+        if "member" not in state:
+            return opinions.mean(dim=2)
+        member = state["member"][:, None, None].expand(-1, opinions.shape[1], 1)
+        return opinions.gather(2, member).squeeze(2)
 
     def affinities(self, state: dict[str, Tensor]) -> Tensor:
-        """(B, N, 2) affinity of each item to the household, as matrix products."""
+        """(B, N, 3): of each item to what the household bought often and of late, and its trend."""
         return torch.stack(
             [
                 state["often"] @ self.target.T,
                 state["recent"] @ self.target.T,
+                self.trend[state["week"]],
             ],
             dim=2,
         )
 
     def logits(self, state: dict[str, Tensor], rows: int = 16) -> Tensor:
         """theta (B, N) of the whole catalogue, `rows` households at a time."""
-        n = len(self.bias)
+        n = len(self.log_rate)
         parts = []
         for start in range(0, len(state["past"]), rows):
             some = {k: v[start : start + rows] for k, v in state.items()}
@@ -245,89 +304,16 @@ class Preference(nn.Module):
             pair = self.pair_features(items, count, age, self.affinities(some), same, scalars)
             # `score` without a copy of the item part for every household
             hidden = self.of_pair(pair).add_(self.item_part()).add_(some["user"][:, None])
-            change = self.out(gelu(self.middle(gelu(hidden)))).squeeze(-1)  # (b, N)
-            parts.append(change.add_(self.log_rate + self.bias))
+            hidden = gelu(self.middle(gelu(hidden)))  # (b, N, hidden)
+            if "member" in some:
+                weight = self.out.weight[some["member"]][:, :, None]  # (b, hidden, 1)
+                level = self.out.bias[some["member"]][:, None] + self.bias.T[some["member"]]
+            else:  # the mean of logits is the logit of the mean head
+                weight = self.out.weight.mean(dim=0)[:, None]  # (hidden, 1)
+                level = self.out.bias.mean() + self.bias.mean(dim=1)
+            change = (hidden @ weight).squeeze(-1)  # (b, N)
+            parts.append(change.add_(self.log_rate + level))
         return torch.cat(parts)
-
-
-def fit_preference(
-    trips: Trips,
-    weight: np.ndarray,
-    before: ItemFacts,
-    *,
-    epochs: int = 2,
-    hidden: int = 32,
-    lr: float = 4e-3,
-    seed: int = 0,
-    progress: str | None = None,
-) -> Preference:
-    """Learn from the trips of a window, weighted (n,), with item facts from before it."""
-    generator = torch.Generator().manual_seed(seed)
-    model = Preference(before, trips.profile.shape[1], hidden)
-    for layer in (model.of_user, model.of_item, model.of_pair, model.middle, model.out):
-        bound = layer.in_features**-0.5 if layer is not model.out else 0.0
-        nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-    features, *rows = sample_pairs(model, trips, weight, generator)
-    order = torch.randperm(len(rows[0]), generator=generator)
-    rows = [x[order] for x in rows]  # shuffled once: slices are cheap, random rows are not
-    model.user_mean.copy_(features.mean(dim=0))
-    model.user_scale.copy_(features.std(dim=0).clamp_min(1e-3))
-    features = (features - model.user_mean) / model.user_scale
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    scale = len(order) / float(weight.sum())  # the loss is per trip
-    starts = list(range(0, len(order), BATCH)) * epochs
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=len(starts) + 1, pct_start=0.1
-    )
-    for start in tqdm(starts, desc=progress, disable=progress is None, unit="batch"):
-        pair, trip, items, label, stands = (x[start : start + BATCH] for x in rows)
-        theta = model.score(model.of_user(features[trip]), pair, items)
-        loss = scale * binary_cross_entropy_with_logits(theta, label, stands)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    if not torch.isfinite(loss):
-        raise ValueError(
-            "fitting the preference model gave a loss that is not finite: "
-            "look for NaN or extreme values in the users' profile"
-        )
-    return model.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def sample_pairs(
-    model: Preference, trips: Trips, weight: np.ndarray, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Trips to user features (n, U), and pair features (m, F), trip, item, label, weight (m,).
-
-    Kept are all purchases, a share of the past items not bought, and some of the new ones. A row's
-    weight is how many pairs it stands for, so that weighted sums are over the whole catalogue.
-    """
-    n = len(model.bias)
-    chance = torch.tensor([min(1.0, FRESH / n), PAST_KEPT, 1.0])  # of new, past, bought
-    chunk = max(1, 1_000_000 // n)
-    features, parts = [], []
-    for start in range(0, len(trips), chunk):
-        some = trips[np.arange(start, min(start + chunk, len(trips)))]
-        state = describe_trips(model, some)
-        features.append(state["features"])
-        count, age = model.own_board(state)  # (B, N) each
-        bought = bought_board(some, n)  # (B, N)
-        kind = torch.where(bought, 2, (count > 0).long())  # (B, N)
-        coin = torch.rand(kind.shape, generator=generator)
-        trip, item = (coin < chance[kind]).nonzero(as_tuple=True)  # (m,) each
-        same = state["groups"][trip[:, None], model.groups[item] + model.group_offset]  # (m, G)
-        affinity = model.affinities(state)[trip, item]  # (m, 2)
-        own = count[trip, item], age[trip, item]
-        pair = model.pair_features(item, *own, affinity, same, state["scalars"][trip])
-        stands = torch.from_numpy(weight[start : start + chunk]).float()[trip]
-        stands = stands / chance[kind[trip, item]]
-        keep = stands > 0  # a bootstrap sample leaves households out
-        row = (pair, trip + start, item, bought[trip, item].float(), stands)
-        parts.append([x[keep] for x in row])
-    pairs, trip, item, label, stands = (torch.cat(x) for x in zip(*parts, strict=True))
-    return torch.cat(features), pairs, trip, item, label, stands
 
 
 def describe_trips(model: Preference, trips: Trips) -> dict[str, Tensor]:

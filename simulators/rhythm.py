@@ -20,6 +20,8 @@ NTH = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 19, 25, 32])  # items: le
 LONGEST = 120  # days without a visit that are learnt from; who stays away longer is as after these
 MOST = 60  # items of a visit
 DAY = np.array([0, 6, 11, 14, 17, 20, 24])  # parts of a day, by hour
+SURE = 7.0  # log-odds of what always happened
+LATE = 42.0  # days that tell how hours have shifted since: evenings get dark earlier or later
 NARROW = 1.0  # hours around an own one that count as like it
 
 
@@ -51,6 +53,12 @@ class Memory:
         self.spread[user] += np.log(size) ** 2
         self.hours[user, hour_of(time)] += 1
 
+    def by_clock(self, dawn: int) -> "Memory":
+        """The same on a clock whose days begin at the hour `dawn`."""
+        hours = np.roll(self.hours, -dawn, axis=1)
+        first, last = self.first - dawn / 24, self.last - dawn / 24
+        return Memory(self.count, first, last, self.log_size, self.spread, hours)
+
     def rows(self, user: np.ndarray) -> "Memory":
         return Memory(*(getattr(self, name)[user] for name in self.__dataclass_fields__))
 
@@ -69,6 +77,15 @@ def hour_of(time: np.ndarray) -> np.ndarray:
     """Hour of the day (n,) int64 of days (n,); rounded to the second, as days are no exact sums."""
     seconds = np.round((time - np.floor(time)) * 86_400).astype(np.int64)
     return np.asarray(np.minimum(seconds // 3600, 23))
+
+
+def dawn_of(time: np.ndarray) -> int:
+    """Hour that the fewest come at (n,), neighbours counted by halves: days had better begin there.
+
+    Else who comes late and goes on after midnight would be seen to come back the next day.
+    """
+    share = np.bincount(hour_of(time), minlength=24).astype(float)
+    return int(np.argmin(share + 0.5 * (np.roll(share, 1) + np.roll(share, -1))))
 
 
 def weekday_of(day: np.ndarray) -> np.ndarray:
@@ -113,6 +130,7 @@ class Rhythm:
     hours: np.ndarray  # (7, 24) share of all visits' hours, by weekday
     own: float  # visits that all users together count for, beside the own ones
     soon: np.ndarray  # (S,) days between two visits of a user on one day
+    shift: np.ndarray  # (24,) share of the hours of late over that of all
 
     def comes(self, memory: Memory, waited: np.ndarray, weekday: np.ndarray) -> np.ndarray:
         """Chance (n,) to come on that day."""
@@ -123,7 +141,7 @@ class Rhythm:
         """Chances (n, 24) of the hour of a visit."""
         near = np.exp(-0.5 * ((np.arange(24)[:, None] - np.arange(24)) / NARROW) ** 2)
         shares = memory.hours @ (near / near.sum(axis=1, keepdims=True))
-        shares = (shares + self.own * self.hours[weekday]) * (self.hours[weekday] > 0)
+        shares = (shares + self.own * self.hours[weekday]) * (self.hours[weekday] > 0) * self.shift
         return np.asarray(shares / shares.sum(axis=1, keepdims=True))
 
     def time(
@@ -163,6 +181,7 @@ def fit_rhythm(visits: Visits, users: int, *, since: float, until: float) -> Rhy
     order = _rank(visits.user)
     memory = Memory.blank(users)
     days, sizes, hours, soon = [], [], [], [np.array([1 / 24])]
+    late = until - LATE
     for nth in range(int(order.max(initial=-1)) + 1):
         now = np.nonzero(order == nth)[0]  # (R,) the nth visit of those who came so often
         user, time, size = visits.user[now], visits.time[now], visits.size[now]
@@ -170,14 +189,16 @@ def fit_rhythm(visits: Visits, users: int, *, since: float, until: float) -> Rhy
         if nth:
             later = time >= since
             gap = np.floor(time) - np.floor(before.last)  # (R,) days
-            days.append(_waits(before.rows(later), gap[later], np.ones(later.sum(), bool)))
+            days.append(waits(before.rows(later), gap[later], np.ones(later.sum(), bool), since))
             soon.append((time - before.last)[later & (gap == 0)])
             some = before.rows(later), gap[later], time[later], size[later]
             sizes.append(_stops(*some))
-            hours.append((before.hours[later], hour_of(time[later]), weekday_of(time[later])))
+            when = time[later]
+            hours.append((before.hours[later], hour_of(when), weekday_of(when), when >= late))
         memory.note(user, time, size)
     gone = memory.rows(memory.count > 0)
-    days.append(_waits(gone, np.floor(until) - np.floor(gone.last), np.zeros(len(gone.last), bool)))
+    away = np.floor(until) - np.floor(gone.last)
+    days.append(waits(gone, away, np.zeros(len(away), bool), since))
     if sum(len(x[1]) for x in sizes) < 100:
         raise ValueError(
             "fewer than 100 visits of users who had come before are too few to learn when users "
@@ -185,24 +206,44 @@ def fit_rhythm(visits: Visits, users: int, *, since: float, until: float) -> Rhy
         )
     day = logistic(*_joined(days))
     size_ = logistic(*_joined(sizes))
-    own, hour, weekday = (np.concatenate(x) for x in zip(*hours, strict=True))
+    own, hour, weekday, recent = (np.concatenate(x) for x in zip(*hours, strict=True))
+    shares = shares_of(hour, weekday)
+    heavy = own_weight(shares, own, hour, weekday)
+    shift = shifted(hour[recent], hour)
+    return Rhythm(day, size_, shares, heavy, np.concatenate(soon), shift)
+
+
+def shifted(late: np.ndarray, hour: np.ndarray) -> np.ndarray:
+    """How much more than usual of the visits come at each hour (24,) of late."""
+    seen, usual = np.bincount(late, minlength=24), np.bincount(hour, minlength=24) / len(hour)
+    eased = 20.0  # visits that it is drawn to the usual with
+    return np.asarray((seen + eased * usual + 1) / ((len(late) + eased) * usual + 1))
+
+
+def shares_of(hour: np.ndarray, weekday: np.ndarray) -> np.ndarray:
+    """Share of the hours (7, 24) of visits (n,) by weekday; a little of the other days' as well."""
     shares = np.zeros((7, 24))
     np.add.at(shares, (weekday, hour), 1.0)
     shares = shares + shares.sum(axis=0) / 7 * 0.1 + 1e-3
-    shares /= shares.sum(axis=1, keepdims=True)
-    own_weight = _own_weight(shares, own, hour, weekday)
-    return Rhythm(day, size_, shares, own_weight, np.concatenate(soon))
+    return shares / np.asarray(shares.sum(axis=1, keepdims=True))
 
 
-def _waits(memory: Memory, gap: np.ndarray, came: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features and labels of every day from the last visit to the next, or to the end."""
+def waits(
+    memory: Memory, gap: np.ndarray, came: np.ndarray, since: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features and labels of every day from the last visit to the next, or to the end.
+
+    Days before `since` are left out, as visits before it are: else days would outnumber visits.
+    """
     came = came & (gap <= LONGEST)  # who came later than that did not come within it
     gap = np.minimum(gap, LONGEST).astype(np.int64)
     rows = np.repeat(np.arange(len(gap)), gap + 1)
     waited = np.arange(len(rows)) - np.repeat(np.cumsum(gap + 1) - gap - 1, gap + 1)
     label = (waited == gap[rows]) & came[rows]
-    weekday = weekday_of(np.floor(memory.last[rows]) + waited)
-    return day_features(memory.rows(rows), waited, weekday).astype(np.float32), label
+    day = np.floor(memory.last[rows]) + waited
+    inside = day >= np.floor(since)
+    rows, waited, label, day = rows[inside], waited[inside], label[inside], day[inside]
+    return day_features(memory.rows(rows), waited, weekday_of(day)).astype(np.float32), label
 
 
 def _stops(
@@ -226,19 +267,19 @@ def logistic(features: np.ndarray, label: np.ndarray) -> np.ndarray:
     """Coefficients (F + 1,) of a logistic regression, the constant last."""
     from sklearn.linear_model import LogisticRegression
 
+    if label.all() or not label.any():  # visits of one item each, say
+        return np.append(np.zeros(features.shape[1]), SURE if label.all() else -SURE)
     scale = np.maximum(features.std(axis=0), 1e-6)  # (F,)
     model = LogisticRegression(C=100.0, max_iter=300)
     model.fit(features / scale, label)
     return np.append(model.coef_[0] / scale, model.intercept_[0]).astype(np.float64)
 
 
-def _own_weight(
-    shares: np.ndarray, own: np.ndarray, hour: np.ndarray, weekday: np.ndarray
-) -> float:
+def own_weight(shares: np.ndarray, own: np.ndarray, hour: np.ndarray, weekday: np.ndarray) -> float:
     """How many visits all users together count for: the likeliest of a few numbers."""
     likelihood = {}
     for weight in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0):
-        rhythm = Rhythm(np.zeros(1), np.zeros(1), shares, weight, np.zeros(1))
+        rhythm = Rhythm(np.zeros(1), np.zeros(1), shares, weight, np.zeros(1), np.ones(24))
         blank = Memory.blank(len(hour))
         blank.hours[:] = own
         chance = rhythm.hour_shares(blank, weekday)[np.arange(len(hour)), hour]

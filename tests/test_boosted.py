@@ -26,10 +26,11 @@ from simulators.boosted import (
 )  # fmt: skip
 from simulators.fit import item_facts, moment
 from simulators.fitted import FittedSimulator
-from simulators.preference import bought_board, describe_trips
+from simulators.preference import Preference, bought_board, describe_trips
 from simulators.testing import check_simulator
 from simulators.trips import trips_from_logs
 
+NO_TREND = torch.zeros(1, 60), torch.zeros(2, dtype=torch.float64)
 QUICK = {"window": 60.0, "trees": 3}
 ROWS = torch.arange(60)
 
@@ -292,7 +293,7 @@ def test_trees_of_very_many_trips_are_grown_on_some_of_them(shop, shelf, quick, 
     """The rates stay those of a trip and an item."""
     past = shop.before(moment(shelf.as_of))
     trips = trips_from_logs(past, shelf.ids, since=shelf.as_of - 120.0)
-    facts = item_facts(past, shelf, quick.preference.log_rate, None)
+    facts = item_facts(past, shelf, quick.preference.log_rate, None, NO_TREND)
     monkeypatch.setattr(boosted, "MOST", 300)
     assert len(trips) > 600
     model = boost_preference(trips, np.ones(len(trips)), facts, trees=10)
@@ -322,16 +323,18 @@ def test_numbers_that_are_none_are_refused(shop, shelf, quick):
     past = shop.before(moment(shelf.as_of))
     trips = trips_from_logs(past, shelf.ids, since=shelf.as_of - 30.0)
     bad = replace(trips, profile=np.where(trips.profile > 1.0, np.nan, trips.profile))
-    facts = item_facts(past, shelf, quick.preference.log_rate, None)
+    facts = item_facts(past, shelf, quick.preference.log_rate, None, NO_TREND)
     with pytest.raises(ValueError, match="not finite"):
         boost_preference(bad, np.ones(len(bad)), facts, trees=1)
 
 
 def test_users_are_served_with_what_goes_with_what_up_to_the_cut(shop, shelf, quick):
     past = shop.before(moment(shelf.as_of))
-    now = item_facts(past, shelf, quick.preference.log_rate, None)
+    now = item_facts(past, shelf, quick.preference.log_rate, None, NO_TREND)
     early = past.before(moment(shelf.as_of - QUICK["window"]))
-    then = item_facts(early, shelf, quick.preference.log_rate, None)
+    then = item_facts(early, shelf, quick.preference.log_rate, None, NO_TREND)
+    seen = Preference(then, 4, 1)
+    assert not torch.equal(seen.source, now.source)
+    seen.renew(now)
     for name in ("source", "target", "gap"):
-        assert torch.equal(getattr(quick.preference.seen, name), getattr(now, name))
-        assert not torch.equal(getattr(now, name), getattr(then, name))
+        assert torch.equal(getattr(quick.preference.seen, name), getattr(seen, name))

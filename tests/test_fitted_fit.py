@@ -1,6 +1,7 @@
 """A fit of users says what it needs, is found again, and sees nothing after the cut."""
 
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -144,9 +145,9 @@ def test_facts_weigh_households(shop, shelf):
     half = [u for u in past.users["user"] if u % 2]
     weight = pd.Series(0, index=past.users["user"])
     weight[half] = 1
-    rate = torch.zeros(60)
-    one = item_facts(past, shelf, rate, weight)
-    other = item_facts(past.only_users(half), shelf, rate, None)
+    rate, trend = torch.zeros(60), (torch.zeros(1, 60), torch.zeros(2))
+    one = item_facts(past, shelf, rate, weight, trend)
+    other = item_facts(past.only_users(half), shelf, rate, None, trend)
     torch.testing.assert_close(one.source @ one.target.T, other.source @ other.target.T)
 
 
@@ -175,3 +176,26 @@ def test_whatever_goes_into_a_fit_is_in_its_key(shop, shelf):
     assert len(keys) == 6
     same = FittedSimulator.fit(SimSpec(shop, shelf), **QUICK, patience=0.4)  # no part of the fit
     assert same.fit_key in keys
+
+
+def test_displays_are_measured_before_the_cut_on_the_catalogue_where_there_are_any(
+    shop, shelf, monkeypatch
+):
+    with pytest.raises(ValueError, match=r"synthetic comes with no table of promotions.*log_shift"):
+        FittedSimulator.fit(SimSpec(shop, shelf), **QUICK, exposure="display")
+    seen = []
+
+    def measured(logs, items):
+        seen.append((logs.events["time"].max(), items))
+        return SimpleNamespace(log_shift=0.3)
+
+    monkeypatch.setattr("simulators.promotions.fit_display_lift", measured)
+    grocer = replace(shop, name="complete_journey")
+    sim = FittedSimulator.fit(SimSpec(grocer, shelf), **QUICK, exposure="display")
+    assert sim.exposure == 0.3
+    ((last, items),) = seen
+    assert last < moment(shelf.as_of)
+    assert items is shelf.ids
+    again = FittedSimulator.fit(SimSpec(grocer, shelf), **QUICK, exposure=0.1)
+    assert again.exposure == 0.1
+    assert len(seen) == 1  # a number needs no promotions

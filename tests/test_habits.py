@@ -44,6 +44,8 @@ def flat() -> Preference:
         groups=CATEGORY[:, None],
         source=torch.zeros(ITEMS, 1),
         target=torch.zeros(ITEMS, 1),
+        trend=torch.zeros(1, ITEMS),
+        span=torch.zeros(2, dtype=torch.float64),
     )
     return Preference(facts, 4, 8)
 

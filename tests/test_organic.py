@@ -11,6 +11,7 @@ import torch
 from encoders.state import EMPTY
 from simulators.company import Company
 from simulators.fit import moment
+from simulators.missions import Missions
 from simulators.organic import Bank, _baskets, fit_alone, table_at, walk
 from simulators.rhythm import Memory
 from simulators.trips import trips_from_logs
@@ -178,9 +179,14 @@ def test_baskets_are_drawn_by_the_logit_of_what_is_wished(living):
     )
     none = Company(
         torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3, 1).long(),
-        torch.zeros(10), torch.zeros(3),
+        torch.zeros(10), torch.zeros(3), torch.zeros(2),
     )  # fmt: skip
-    alone = replace(living, preference=wishes, company=none)
+    alone = replace(
+        living,
+        preference=wishes,
+        company=none,
+        missions=Missions(torch.zeros(3).long(), torch.zeros(3, 1), 0.0),
+    )
     table = dict.fromkeys(("profile", "past", "count", "age", "time"), theta)
     rng = np.random.default_rng(0)
     rows, size = torch.arange(4000), np.full(4000, 2)
@@ -192,3 +198,25 @@ def test_baskets_are_drawn_by_the_logit_of_what_is_wished(living):
     after = p / (1 - p[2])  # who took the last first
     given = torch.bincount(second[first == 2], minlength=3) / int((first == 2).sum())
     assert torch.allclose(given[:2], after[:2], atol=0.03)
+
+
+def test_nobody_comes_before_the_walk_begins_or_after_its_end(living, shop, shelf):
+    """Though the days of the rhythm begin at an hour of their own."""
+    late = replace(living, dawn=7)
+    lines, users, _, day = on_foot(late, shop, shelf, seed=3)
+    assert float(users.start.min()) == day <= lines.time.min() < day + 1.5
+    assert day + 28.5 < lines.time.max() < day + 30
+    hours = [((x.time % 1) * 24).mean() for x in (lines, on_foot(living, shop, shelf, seed=3)[0])]
+    assert hours[0] != pytest.approx(hours[1], abs=0.5)  # living's dawn is another
+
+
+def test_what_a_visit_is_for_is_heeded(living, shop, shelf):
+    """A mission that forbids all but one kind of item fills baskets with it."""
+    kind = living.missions.kind
+    worth = torch.full((3, int(kind.max()) + 1), -50.0)
+    worth[2] = 0.0
+    worth[:2, 0] = 0.0
+    lines, *_ = on_foot(
+        replace(living, missions=replace(living.missions, worth=worth)), shop, shelf, seed=0
+    )
+    assert (kind[torch.from_numpy(lines.item)] == 0).float().mean() > 0.95

@@ -1,9 +1,10 @@
 """The relevance model: one number for a pair however it is asked, learnt without the future."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.sparse import csr_matrix
@@ -12,16 +13,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 import simulators.fit
 from encoders.state import EMPTY
-from simulators.fit import fit_model, item_facts, moment
+from simulators.fit import fit_model, item_facts, moment, trends, usual_rate
 from simulators.preference import (
     ItemFacts,
     Preference,
     bought_board,
     describe_trips,
-    fit_preference,
     item_to_item,
-    sample_pairs,
 )
+from simulators.preference_fit import fit_preference, resampled, sample_pairs
 from simulators.trips import trips_from_logs
 
 
@@ -38,9 +38,7 @@ def model(fitted):
 
 @pytest.fixture(scope="module")
 def facts(model):
-    return ItemFacts(
-        *(getattr(model, n) for n in ("log_rate", "gap", "groups", "source", "target"))
-    )
+    return ItemFacts(*(getattr(model, field.name) for field in fields(ItemFacts)))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +54,10 @@ def test_a_slate_is_priced_as_the_whole_catalogue_is(model, held_out):
     slate = torch.rand(100, 60, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :7]
     torch.testing.assert_close(model.logit(state, slate), everything.gather(1, slate))
     torch.testing.assert_close(model.logits(state, rows=7), everything)
+    own = state | {"member": torch.arange(100) % model.bias.shape[1]}
+    everything = model.logits(own)
+    torch.testing.assert_close(model.logit(own, slate), everything.gather(1, slate))
+    torch.testing.assert_close(model.logits(own, rows=7), everything)
 
 
 def test_an_empty_slot_is_never_bought(model, held_out):
@@ -154,7 +156,7 @@ def test_training_and_serving_see_the_same_features(facts, window):
         torch.nn.init.normal_(weight, std=0.2, generator=generator)
     features, pairs, trip, item, _, _ = sample_pairs(model, window, np.ones(len(window)), generator)
     with torch.no_grad():
-        sampled = model.score(model.of_user(features[trip]), pairs, item)
+        sampled = model.score(model.of_user(model.standard(features))[trip], pairs, item).squeeze(1)
         whole = model.logits(describe_trips(model, window))
     torch.testing.assert_close(sampled, whole[trip, item], rtol=1e-4, atol=1e-4)
 
@@ -218,7 +220,8 @@ def test_facts_of_items_come_from_before_the_window(shop, shelf, fitted):
     since = moment(shelf.as_of)
     shuffled = after_cut_replaced(shop, since)
     rate = fitted.preference.log_rate
-    one, other = (item_facts(x.before(since), shelf, rate, None) for x in (shop, shuffled))
+    trend = torch.zeros(1, 60), torch.zeros(2)
+    one, other = (item_facts(x.before(since), shelf, rate, None, trend) for x in (shop, shuffled))
     for name in vars(one):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
@@ -236,3 +239,129 @@ def test_item_weights_to_learn_with_come_from_before_the_window(shop, shelf, mon
     fit_model(shop.before(moment(shelf.as_of)), shelf, 100.0, learn, 0, False)
     to_learn, to_serve = latest
     assert to_learn < moment(shelf.as_of - 100.0) < to_serve < moment(shelf.as_of)
+
+
+def test_members_are_one_opinion_each_and_their_mean_speaks_for_who_has_none(model, held_out):
+    state = describe_trips(model, held_out[np.arange(50)])
+    slate = torch.rand(50, 60, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :7]
+    said = model.opinions(state, slate)  # (B, K, M)
+    assert said.shape == (50, 7, 5)
+    torch.testing.assert_close(model.logit(state, slate), said.mean(dim=2))
+    for member in range(5):
+        own = state | {"member": torch.full((50,), member)}
+        assert torch.equal(model.logit(own, slate), said[:, :, member])
+    assert (said.std(dim=2) > 0).all()
+
+
+def test_members_agree_more_on_what_the_log_shows_more_of(facts, window):
+    """Each tenth household once, or all of them: the spread falls about with the root."""
+    spread = []
+    for keep in (10, 1):
+        some = window[np.isin(window.user, np.unique(window.user)[::keep])]
+        fit = fit_preference(some, np.ones(len(some)), facts, epochs=20, hidden=8)
+        state = describe_trips(fit, window[np.arange(100)])
+        slate = torch.arange(60).expand(100, -1)
+        spread.append(float(fit.opinions(state, slate).std(dim=2).mean()))
+    assert spread[1] < 0.7 * spread[0]
+
+
+def test_every_member_has_its_own_sample_of_households():
+    user = np.repeat(np.arange(200), 3)
+    times = resampled(user, 4, np.random.default_rng(0))  # (n, M)
+    by_user = times.view(200, 3, 4)
+    assert (by_user == by_user[:, :1]).all()  # all trips of a household alike
+    assert (by_user[:, 0].sum(dim=0) == 200).all()
+    assert (by_user[:, 0] == 0).float().mean() == pytest.approx(np.exp(-1), abs=0.05)
+    assert not torch.equal(times[:, 0], times[:, 1])
+    assert torch.equal(resampled(user, 1, np.random.default_rng(0)), torch.ones(600, 1))
+
+
+def test_a_trend_is_what_was_bought_of_late_over_the_usual(shop, shelf):
+    past = shop.before(moment(shelf.as_of))
+    users = pd.Series(1, index=np.unique(past.events["user"]))
+    since = shelf.as_of - 40.0
+    trips = trips_from_logs(past, shelf.ids)
+    rate = usual_rate(past, shelf, trips, users)
+    table, span = trends(past, shelf, rate, since, users)
+    assert table.shape == (7, 60)  # six weeks begun, and the cut
+    assert span.tolist() == [since, shelf.as_of]
+    times = trips.time[np.repeat(np.arange(len(trips)), np.diff(trips.pointer))]
+    share = rate.double().softmax(0).numpy()
+    for row, now in ((0, since), (2, since + 14), (6, shelf.as_of)):
+        late = trips.bought[(times >= now - 28) & (times < now)]
+        seen = np.bincount(late, minlength=60)
+        expected = np.log((seen + 5) / (len(late) * share + 5))
+        np.testing.assert_allclose(table[row].numpy(), expected, rtol=1e-4, atol=1e-5)
+    later = after_cut_replaced(shop, moment(since + 14)).before(moment(shelf.as_of))
+    early = trends(later, shelf, rate, since, users)[0][:3]
+    assert torch.equal(early, table[:3])  # what came later says nothing
+
+
+def test_a_week_of_the_trend_is_over_before_the_trip(model):
+    first, last = model.span.tolist()
+    rows = len(model.trend) - 1
+    time = torch.tensor([first - 9, first, first + 6.9, first + 7, last - 1e-3, last, last + 99])
+    week = model.week(time.double())
+    assert week[:4].tolist() == [0, 0, 0, 1]
+    assert week[4:].tolist() == [int((last - 1e-3 - first) // 7), rows, rows]
+
+
+def test_an_item_in_demand_is_wanted_more(facts, window):
+    """Purchases thinned to .3 where the trend is low: much of that is found."""
+    week = ((window.time - float(facts.span[0])) // 7).astype(int)
+    rng = np.random.default_rng(0)
+    table = torch.from_numpy(rng.choice([0.0, 1.0], (week.max() + 1, 60))).float()
+    trip = np.repeat(np.arange(len(window)), np.diff(window.pointer))
+    high = table[week[trip], window.bought].numpy() > 0
+    kept = high | (rng.random(len(trip)) < 0.3)
+    pointer = np.append(0, np.bincount(trip[kept], minlength=len(window)).cumsum())
+    thin = replace(window, bought=window.bought[kept], pointer=pointer)
+    made = replace(facts, trend=table)
+    fit = fit_preference(thin, np.ones(len(thin)), made, epochs=15, hidden=8)
+    state = describe_trips(fit, thin[np.arange(200)])
+    state["week"] = torch.zeros(200, dtype=torch.long)
+    found = []
+    for level in (0.0, 1.0):
+        fit.trend[0] = level
+        found.append(fit.logits(state).sigmoid().mean())
+    assert 0.25 < float(found[0] / found[1]) < 0.7
+
+
+def test_an_item_out_of_season_all_through_the_window_is_not_thought_gone(shop, shelf):
+    """One item leaves the window: with the whole past in it, its rate falls but stays."""
+    past = shop.before(moment(shelf.as_of))
+    gone = (past.events["item"] == shelf.ids[0]) & (
+        past.events["time"] >= moment(shelf.as_of - 60.0)
+    )
+    without = replace(past, events=past.events[~gone].reset_index(drop=True))
+    trips = trips_from_logs(without, shelf.ids, since=shelf.as_of - 60.0)
+    users = pd.Series(1, index=np.unique(without.events["user"]))
+    rate = usual_rate(without, shelf, trips, users).exp()
+    assert not (trips.bought == 0).any()
+    ever = (without.events["item"] == shelf.ids[0]).sum() / without.events["item"].isin(
+        shelf.ids
+    ).sum()
+    assert float(rate[0]) == pytest.approx(0.2 * ever * len(trips.bought) / len(trips), rel=0.1)
+
+
+def test_item_weights_of_a_longer_past_are_put_on_the_scale_learnt_with(facts):
+    model = Preference(facts, 4, 8)
+    later = replace(facts, source=facts.source * 3.0, gap=facts.gap + 0.4)
+    model.renew(later)
+    torch.testing.assert_close(model.source, facts.source)
+    torch.testing.assert_close(model.gap, facts.gap)
+    swapped = replace(facts, source=facts.source.flip(0) * 2.0, gap=facts.gap.flip(0) + 1.0)
+    model.renew(swapped)
+    assert float(torch.corrcoef(torch.stack([model.gap, facts.gap.flip(0)]))[0, 1]) > 0.999
+    blank = replace(facts, source=torch.zeros_like(facts.source))
+    model.renew(blank)
+    assert torch.equal(model.source, blank.source)
+
+
+def test_a_small_log_gets_its_steps(facts, window):
+    """Of forty trips too something is learnt: the items' rates are not left where they began."""
+    few = window[np.arange(40)]
+    flat = replace(facts, log_rate=torch.full((60,), -6.0))
+    fit = fit_preference(few, np.ones(40), flat, epochs=6, hidden=8)
+    theta = fit.logits(describe_trips(fit, few))
+    assert float(theta.sigmoid().sum()) == pytest.approx(len(few.bought), rel=0.15)

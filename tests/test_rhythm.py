@@ -1,5 +1,7 @@
 """When users come and how much they take: known hazards come back, the past is summed right."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import ks_2samp
@@ -7,9 +9,10 @@ from scipy.stats import ks_2samp
 from simulators.rhythm import (
     LONGEST,
     Memory,
-    _waits,
+    dawn_of,
     fit_rhythm,
     hour_of,
+    waits,
     weekday_of,
 )
 from simulators.visits import Visits, lines_of, visits_of
@@ -157,7 +160,7 @@ def test_days_are_waited_until_somebody_comes_and_not_beyond_what_is_learnt_from
         (3, False, [0, 0, 0, 0]),  # the log ended
         (LONGEST + 30, True, [0] * (LONGEST + 1)),  # came, but later than is looked at
     ):
-        features, label = _waits(memory, np.array([gap]), np.array([came]))
+        features, label = waits(memory, np.array([gap]), np.array([came]), MONDAY)
         assert label.astype(int).tolist() == labels
         assert len(features) == len(labels)
 
@@ -178,3 +181,51 @@ def test_newcomers_come_at_the_hours_of_the_weekday_and_regulars_at_their_own():
     own = rng.uniform(7, 21, 120)[visits.user] + rng.normal(0, 0.5, len(day))
     regular = Visits(visits.user, day + own / 24, visits.size)
     assert fit_rhythm(regular, 120, since=MONDAY, until=MONDAY + 200).own < 2
+
+
+def test_days_begin_when_hardly_anybody_comes():
+    rng = np.random.default_rng(0)
+    evening = np.round(rng.normal(22.0, 3.0, 4000)) % 24  # many come after midnight
+    time = MONDAY + rng.integers(0, 50, 4000) + (evening + 0.5) / 24
+    assert 6 <= dawn_of(time) <= 14
+    assert dawn_of(time + 6 / 24) == (dawn_of(time) + 6) % 24
+
+
+def test_a_memory_by_another_clock_is_that_of_visits_by_it():
+    rng = np.random.default_rng(1)
+    time = np.sort(MONDAY + rng.random(30) * 40)
+    visits = Visits(np.zeros(30, np.int64), time, np.ones(30, np.int64))
+    turned = Memory.after(visits, 1).by_clock(5)
+    direct = Memory.after(Visits(visits.user, time - 5 / 24, visits.size), 1)
+    for name in Memory.__dataclass_fields__:
+        np.testing.assert_allclose(getattr(turned, name), getattr(direct, name))
+
+
+def test_hours_follow_those_of_late():
+    """Everybody comes at 18, and in the last weeks at 16: so does who comes next."""
+    users, weeks = 150, 30
+    user = np.repeat(np.arange(users), weeks)
+    day = MONDAY + np.tile(np.arange(weeks) * 7, users) + user % 7
+    hour = np.where(day >= MONDAY + (weeks - 6) * 7, 16, 18)
+    hour = np.where(user % 10 == 0, 34 - hour, hour)  # some the other way round
+    visits = Visits(user, day + (hour + 0.5) / 24, np.full(len(user), 2))
+    until = MONDAY + weeks * 7.0
+    rhythm = fit_rhythm(visits, users, since=MONDAY + 50, until=until)
+    assert rhythm.shift[16] > 1.5 > 1 / 1.5 > rhythm.shift[18]
+    assert rhythm.shift[3] == pytest.approx(1.0, abs=0.2)
+    memory = Memory.after(visits, users)
+    shares = rhythm.hour_shares(memory, np.zeros(users, np.int64)).mean(axis=0)
+    plain = replace(rhythm, shift=np.ones(24))
+    usual = plain.hour_shares(memory, np.zeros(users, np.int64)).mean(axis=0)
+    assert shares[16] > 1.3 * usual[16]
+
+
+def test_who_comes_seldom_is_not_taken_to_come_yet_more_seldom():
+    """Days waited before the window count no more than visits before it do."""
+    visits, *_ = shoppers(np.random.default_rng(5), users=400, chance=0.02, mean_size=2.0)
+    rhythm = fit_rhythm(visits, 400, since=MONDAY + 160, until=MONDAY + 200)
+    memory = Memory.after(visits, 400)
+    memory = memory.rows(memory.count > 0)
+    waited = MONDAY + 200 - np.floor(memory.last)
+    came = rhythm.comes(memory, waited, np.full(len(waited), 2))
+    assert came.mean() == pytest.approx(0.02, rel=0.2)
