@@ -14,8 +14,7 @@ if __name__ == "__main__":
     sys.argv[1:] = cli.check("check_simulator", __doc__, sys.argv[1:])  # before torch: at once
 
 import json
-from dataclasses import asdict
-from itertools import combinations
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import hydra
@@ -29,10 +28,11 @@ from agents.base import AgentSpec
 from agents.interactions import Interactions
 from agents.linear import EASE
 from encoders.items import interactions
-from evaluation.online import play
 from experiments.from_logs import (
     SPLIT,
+    after_the_cut,
     coverage_line,
+    describes_users,
     events_before,
     first_trips,
     held_out_trips,
@@ -40,19 +40,23 @@ from experiments.from_logs import (
     summary,
     with_levels,
 )
+from experiments.gate_baskets import basket_checks, with_rivals
+from experiments.gate_order import (
+    played,
+    same_order,
+    sensitivity,
+    sensitivity_lines,
+)
 from experiments.gate_page import write_page
 from experiments.policies import (
-    SESSIONS_SEED,
     agent_config,
     agent_spec,
-    make_env,
-    named_agent,
     opening,
-    session_list,
 )
 from experiments.prepare import JUDGES, Worlds
 from experiments.run_folder import plain, writable_home, write_text
 from simulators.base import Catalog, SimSpec, UserSimulator
+from simulators.exposed import ExposureSimulator
 from simulators.fidelity import HeldOut, hits, priced
 from simulators.fit import moment
 from simulators.fitted import FittedSimulator
@@ -62,12 +66,15 @@ from simulators.gate import (
     above,
     at_least,
     calibration_checks,
+    left_out,
     lines,
     walk_checks,
     walked,
 )
+from simulators.gate_exposed import EXPOSED, exposed_checks, kind_of
 from simulators.organic import fit_alone
 from simulators.realism import Distance
+from simulators.segments import segment_checks
 from simulators.trips import trips_from_logs
 from sources.logs import Logs
 
@@ -79,6 +86,15 @@ RIVALS = {  # of the ranking: what is scored, and against what
     "hit10_over_own_counts": ("repeats", "own counts"),
     "hit10_over_decayed_counts": ("repeats", "decayed own counts"),
 }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All lines of the gate, what the page draws beside, and why lines are missing."""
+
+    checks: list[Check]
+    more: dict[str, Any]
+    notes: list[str]
 
 
 @hydra.main(version_base="1.3", config_path=str(cli.CONF), config_name="check_simulator")
@@ -100,31 +116,50 @@ def main(cfg: DictConfig) -> None:
         simulator = instantiate(
             cfg.env.simulator, SimSpec(ours, catalog, DEVICE, cfg.seed), _convert_="all"
         )
-        if not isinstance(simulator, FittedSimulator):
+        if isinstance(simulator, FittedSimulator):
+            found = gate(cfg, simulator, logs, (ours, others), catalog, limits)
+        elif isinstance(simulator, ExposureSimulator):
+            found = gate_of_impressions(cfg, simulator, logs, (ours, others), catalog, limits)
+        else:
             raise ValueError(
-                f"the gate checks users of simulators.fitted, env={cfg.env_name} has "
-                f"{type(simulator).__name__}: simulators.testing.check_simulator checks any"
+                f"the gate checks users of simulators.fitted and simulators.exposed, "
+                f"env={cfg.env_name} has {type(simulator).__name__}: "
+                "simulators.testing.check_simulator checks any"
             )
-        checks, more = gate(cfg, simulator, logs, (ours, others), catalog, limits)
-        print("\n".join(["", *lines(checks)]))
-        remember_gate(simulator.fit_key, checks)
-        folder = (
-            Path(cfg.out_dir) if cfg.out_dir else writable_home() / "runs" / cfg.env_name / "gate"
-        )
-        print(f"page: {write_page(folder, cfg.env_name, checks, more)}")
-        if cfg.out:
-            said = [json.dumps(plain(asdict(check)), allow_nan=False) for check in checks]
-            write_text(Path(cfg.out), "\n".join(said) + "\n")
+        tell(cfg, simulator.fit_key, found)
+
+
+def tell(cfg: DictConfig, fit_key: str, found: Verdict) -> None:
+    """Print the lines, remember what failed, write page and file."""
+    checks, more = found.checks, found.more
+    print("\n".join(["", *lines(checks)]))
+    for note in found.notes:
+        print(f"  left out: {note}")
+    if "sensitivity" in more:
+        said = sensitivity_lines(more["sensitivity"])
+        print("\n".join(["order of the policies if an assumption is wrong:", *said]))
+    remember_gate(fit_key, checks)
+    folder = Path(cfg.out_dir) if cfg.out_dir else writable_home() / "runs" / cfg.env_name / "gate"
+    print(f"page: {write_page(folder, cfg.env_name, checks, more | {'notes': found.notes})}")
+    if cfg.out:
+        rows = [json.dumps(plain(asdict(check)), allow_nan=False) for check in checks]
+        write_text(Path(cfg.out), "\n".join(rows) + "\n")
 
 
 def thresholds(cfg: DictConfig) -> dict[str, float]:
     """What each check must keep: the usual numbers, and those typed."""
     typed = dict(cfg.thresholds)
+    if not isinstance(cfg.sensitivity, bool):
+        raise ValueError(f"sensitivity must be true or false, got {cfg.sensitivity!r}")
+    if cfg.sensitivity and len(cfg.policies) < 2:
+        raise ValueError("sensitivity asks for the order of policies: name two or more in policies")
+    exposed = "impression" in cfg.env.get("simulator", {})
+    usual = EXPOSED if exposed else THRESHOLDS
     for name, value in typed.items():
-        if name not in THRESHOLDS:
+        if name not in usual and not (exposed and kind_of(name)):
             raise ValueError(
-                f"thresholds.{name}: there is no such check{cli.advise(name, [*THRESHOLDS])}; "
-                f"there are: {', '.join(THRESHOLDS)}"
+                f"thresholds.{name}: there is no such check{cli.advise(name, [*usual])}; "
+                f"there are: {', '.join(usual)}"
             )
         if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
             raise ValueError(f"thresholds.{name} must be a number or null, got {value!r}")
@@ -132,14 +167,14 @@ def thresholds(cfg: DictConfig) -> dict[str, float]:
         raise ValueError(f"eval_users must be a whole number of at least 2, got {cfg.eval_users!r}")
     for name in cfg.policies:
         agent_config(name)  # a wrong name is refused before the work
-    return {**THRESHOLDS, **typed}
+    return {**usual, **typed}
 
 
 def gate(
     cfg: DictConfig, simulator: FittedSimulator, logs: Logs, halves: tuple[Logs, Logs],
     catalog: Catalog, limits: dict[str, float],
-) -> tuple[list[Check], dict[str, Any]]:  # fmt: skip
-    """All checks, and what the page draws beside."""
+) -> Verdict:  # fmt: skip
+    """All checks of users fitted to purchases."""
     ours, others = halves
     asked = {name: np.nan if value is None else value for name, value in limits.items()}
     with tqdm(total=4, desc="gate", unit="part", disable=not cfg.progress) as bar:
@@ -149,22 +184,52 @@ def gate(
                 f"{logs.name}: no household to judge with bought of the catalogue after the cut at "
                 f"{moment(catalog.as_of):%Y-%m-%d}: choose an earlier cut (env.catalog.cut)"
             )
+        log_rate = simulator.preference.log_rate
         held = priced(simulator.preference, trips)
-        checks, calibrated = calibration_checks(held, simulator.preference.log_rate, asked)
+        checks, calibrated = calibration_checks(held, log_rate, asked)
+        kinds, calibrated["segments"], notes = segment_checks(held, others, asked)
+        checks += kinds
         bar.update()
-        checks += ranking_checks(held, ours, catalog, asked, cfg, simulator.preference.log_rate)
+        checks += ranking_checks(held, ours, catalog, asked, cfg, log_rate)
+        counts, _ = interactions(ours.before(moment(catalog.as_of)), catalog.ids)
+        checks += basket_checks(held, counts, log_rate, asked, cfg.seed)
+        checks, why = with_rivals(checks, held)
+        notes += why
         bar.update()
         window = cfg.env.simulator.get("window", 150.0)
-        alone = fit_alone(simulator.preference, ours, catalog, window=window, seed=cfg.seed)
+        alone = fit_alone(
+            simulator.preference, ours, catalog, window=window, seed=cfg.seed,
+            company=simulator.habits.company,
+        )  # fmt: skip
         found = walked(alone, others, catalog, seed=cfg.seed)
         walks, looks = walk_checks(found, catalog, asked, seed=cfg.seed)
         checks += walks
+        notes += left_out(found, catalog).values()
         bar.update()
         if cfg.policies:
-            checks.append(agreement(cfg, logs, (ours, others), catalog, asked))
+            checks.append(agreement(cfg, logs, halves, catalog, asked))
         bar.update()
+    more: dict[str, Any] = {"calibration": calibrated, "looks": looks, "walked": found}
+    if cfg.sensitivity:
+        specs = judged_by(cfg, halves, catalog)
+        spec = policy_spec(cfg, logs, catalog, simulator)
+        served = instantiate(cfg.env.simulator, specs[0], _convert_="all")
+        more["sensitivity"] = sensitivity(cfg, served, specs[0], spec)
     kept = [check for check in checks if limits[check.check] is not None]
-    return kept, {"calibration": calibrated, "looks": looks, "walked": found}
+    return Verdict(kept, more, notes)
+
+
+def gate_of_impressions(
+    cfg: DictConfig, simulator: ExposureSimulator, logs: Logs, halves: tuple[Logs, Logs],
+    catalog: Catalog, limits: dict[str, float],
+) -> Verdict:  # fmt: skip
+    """All checks of users fitted to what they were shown."""
+    checks, more, notes = exposed_checks(simulator, halves, limits, seed=cfg.seed)
+    if cfg.policies and limits["ranking_agreement"] is not None:
+        checks.append(agreement(cfg, logs, halves, catalog, limits))
+    if cfg.sensitivity:
+        notes.append("sensitivity: users fitted to impressions have none of these assumptions")
+    return Verdict(checks, more, notes)
 
 
 def ranking_checks(
@@ -193,7 +258,8 @@ def ranking_checks(
             f"Hit@10, {'items new to the household' if mode == 'new' else 'all items'}: "
             f"{float(model.mean()):.3f}, {rival} {float(other.mean()):.3f}, {len(gain)} households"
         )
-        checks.append(above(name, Distance(mean, mean - error, mean + error), limits, said))
+        found_gain = Distance(mean, mean - error, mean + error)
+        checks.append(above(name, found_gain, limits, said, users=len(gain)))
     return checks
 
 
@@ -206,50 +272,41 @@ def agreement(
     Of the pairs of policies whose difference is clear in one (its interval is off zero), the share
     that has the same sign in the other; both halves are asked.
     """
+    simulators = [
+        # users of impressions are read by the fit; the same sessions of the same users for both
+        after_the_cut("judge", instantiate(cfg.env.simulator, spec, _convert_="all"), halves[1])
+        for spec in judged_by(cfg, halves, catalog)
+    ]
+    spec = policy_spec(cfg, logs, catalog, simulators[0])
+    here, there = (played(cfg, sim, spec, list(cfg.policies)) for sim in simulators)
+    found = same_order(here, there) + same_order(there, here)
+    said = (
+        f"same order: {found.same} of {found.clear} clear pairs of {len(cfg.policies)} policies in "
+        "users of disjoint households"
+    )
+    nobody = not found.clear
+    return at_least("ranking_agreement", found.share(), limits, said, nobody=nobody)
+
+
+def judged_by(cfg: DictConfig, halves: tuple[Logs, Logs], catalog: Catalog) -> list[SimSpec]:
+    """Fits to either half of the households, both serving the second as it comes after the cut."""
     ours, others = halves
-    judges = trips_from_logs(others, catalog.ids, since=catalog.as_of)
-    users = judges[first_trips(judges)].users()
-    specs = [
+    users = None
+    if not describes_users(cfg):
+        judges = trips_from_logs(others, catalog.ids, since=catalog.as_of)
+        users = judges[first_trips(judges)].users()
+    return [
         SimSpec(ours, catalog, DEVICE, cfg.seed, users),
         SimSpec(others, catalog, DEVICE, JUDGES, users),
     ]
-    simulators = [instantiate(cfg.env.simulator, spec, _convert_="all") for spec in specs]
+
+
+def policy_spec(
+    cfg: DictConfig, logs: Logs, catalog: Catalog, simulator: UserSimulator
+) -> AgentSpec:
+    """What the policies know: all purchases before the cut."""
     events = events_before(cfg, logs, catalog)
-    worlds = Worlds(simulators[0], simulators, events, None, {}, notes=[])
-    spec = agent_spec(cfg, worlds, DEVICE)
-    rewards = [played(cfg, sim, spec, list(cfg.policies)) for sim in simulators]
-    clear = same = 0
-    for here, there in (rewards, rewards[::-1]):
-        for one, other in combinations(cfg.policies, 2):
-            gain = here[one] - here[other]  # (M,)
-            if abs(gain.mean()) > 1.96 * gain.std() / len(gain) ** 0.5:
-                clear += 1
-                same += bool(np.sign(gain.mean()) == np.sign((there[one] - there[other]).mean()))
-    said = f"of {clear} clear pairs of {len(cfg.policies)} policies in users of disjoint households"
-    share = same / clear if clear else float("nan")
-    return at_least("ranking_agreement", wilson(share, clear), limits, f"same order: {same} {said}")
-
-
-def played(
-    cfg: DictConfig, simulator: UserSimulator, spec: AgentSpec, policies: list[str]
-) -> dict[str, np.ndarray]:
-    """Reward (M,) of every session by policy, the same sessions for all."""
-    users, episodes = session_list(len(simulator.users), cfg.eval_users, DEVICE)
-    found = {}
-    for name in policies:
-        env = make_env(cfg, simulator, num_envs=len(users), seed=SESSIONS_SEED)
-        found[name] = play(env, named_agent(name, spec), users, episodes).reward.cpu().numpy()
-    return found
-
-
-def wilson(share: float, n: int) -> Distance:
-    """A share of n with its 95 % interval (Wilson, 1927)."""
-    if not n:
-        return Distance(share, float("nan"), float("nan"))
-    z = 1.96
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return Distance(share, middle - half, middle + half)
+    return agent_spec(cfg, Worlds(simulator, [], events, None, {}, notes=[]), DEVICE)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Are the simulated answers as frequent as the logged ones? On other users, after the cut."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from encoders.state import EMPTY
 from simulators.exposed import ExposureSimulator
 from simulators.exposure_features import design
 from simulators.fit import moment
-from simulators.impressions import impressions_from_logs
+from simulators.impressions import Impressions, impressions_from_logs
 from sources.logs import Logs
 
 CHANCES = 20  # draws of what the calibration error of true chances would be
@@ -17,15 +18,38 @@ BINS = 10  # of equally many impressions for the calibration error; deciles of u
 FEW = 30  # answers too few to say how well a decile is met
 
 
-@torch.no_grad()
-def calibration(simulator: ExposureSimulator, logs: Logs, *, seed: int = 0) -> dict[str, Any]:
-    """Compare promised with logged rates on impressions of `logs` after the fit's cut.
+@dataclass(frozen=True)
+class Promised:
+    """m impressions of the catalogue after the cut, and what the simulator expects of them."""
 
-    `logs` should hold none of the users that were fitted to; what they did before the cut is only
-    what is known of them. Per behaviour, whatever the others: logged `rate` and `predicted`, `ece`
-    and its share of the rate, log loss and that of the fit's constant rate, and `deciles` of users
-    by impressions before the cut. So too leaving ("leave"); of minutes or money ("value") means.
-    """
+    read: Impressions  # of the whole log
+    rows: np.ndarray  # (m,) of `read`
+    chance: np.ndarray  # (m, F) of each behaviour, whatever the others
+    leave: np.ndarray  # (m,) of leaving after the impression
+    of_user: torch.Tensor  # (m, ...) for what an answer is worth
+    of_item: torch.Tensor
+
+    @property
+    def user(self) -> np.ndarray:
+        return np.asarray(self.read.user[self.rows])
+
+    @property
+    def answers(self) -> np.ndarray:
+        return np.asarray(self.read.answers[self.rows])
+
+    def worth(self, simulator: ExposureSimulator, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which rows (a,) of the m were answered, and a value drawn for each of them."""
+        some = np.flatnonzero(self.answers.any(axis=1))
+        uniform = torch.from_numpy(np.random.default_rng(seed).random(len(some))).float()
+        at, given = torch.from_numpy(some), torch.from_numpy(self.answers[some]).float()
+        funnel = simulator.funnel.to("cpu")
+        drawn = funnel.worth(self.of_user[at], self.of_item[at], given, uniform)
+        return some, drawn.double().numpy()
+
+
+@torch.no_grad()
+def promised(simulator: ExposureSimulator, logs: Logs) -> Promised:
+    """What `simulator` expects of the impressions of `logs` after its cut."""
     catalog = simulator.catalog
     read = impressions_from_logs(logs, catalog.ids, **simulator.reading)
     rows = np.flatnonzero((read.time >= catalog.as_of) & (read.item != EMPTY))
@@ -44,24 +68,37 @@ def calibration(simulator: ExposureSimulator, logs: Logs, *, seed: int = 0) -> d
     cross = torch.from_numpy(features.cross)
     first = funnel.first(of_user["first"], of_item["first"], cross)
     rest = funnel.rest(of_user["later"], of_item["later"], cross)
-    chance = funnel.chances(first, rest).double().numpy()  # (m, F)
+    after = torch.from_numpy(features.after)[:, None]
+    leave = funnel.hazard(of_user["leave"], after)[:, 0].double().numpy()
+    chance = funnel.chances(first, rest).double().numpy()
+    return Promised(read, rows, chance, leave, of_user["value"], of_item["value"])
+
+
+def calibration(simulator: ExposureSimulator, logs: Logs, *, seed: int = 0) -> dict[str, Any]:
+    """Compare promised with logged rates on impressions of `logs` after the fit's cut.
+
+    `logs` should hold none of the users that were fitted to; what they did before the cut is only
+    what is known of them. Per behaviour, whatever the others: logged `rate` and `predicted`, `ece`
+    and its share of the rate, log loss and that of the fit's constant rate, and `deciles` of users
+    by impressions before the cut. So too leaving ("leave"); of minutes or money ("value") means.
+    """
+    found = promised(simulator, logs)
+    read, rows, chance, leave = found.read, found.rows, found.chance, found.leave
     rng = np.random.default_rng(seed)
     user = read.user[rows]
-    decile = activity(user, read.user[read.time < catalog.as_of], rng)
-    answers, known = read.answers[rows], simulator.encoding.rate
+    decile = activity(user, read.user[read.time < simulator.catalog.as_of], rng)
+    answers, known = found.answers, simulator.encoding.rate
     figures: dict[str, Any] = {
         name: compared(answers[:, k], chance[:, k], float(known[k]), user, decile, rng)
         for k, name in enumerate(read.behaviours)
     }
-    after = torch.from_numpy(features.after)[:, None]
-    leave = funnel.hazard(of_user["leave"], after)[:, 0].double().numpy()
     ended = read.ended[rows]
     last = read.last[rows][ended]
     figures["leave"] = compared(
         last, leave[ended], float(last.mean()), user[ended], decile[ended], rng
     )
-    figures["value"] = _values(simulator, of_user["value"], of_item["value"], answers,
-                               read.value[rows], seed)  # fmt: skip
+    some, drawn = found.worth(simulator, seed)
+    figures["value"] = _values(read.value[rows][some], drawn)
     return {"impressions": len(rows), "users": len(np.unique(user)), "behaviours": figures}
 
 
@@ -133,22 +170,11 @@ def log_loss(y: np.ndarray, p: np.ndarray) -> float:
     return float(-np.where(y, np.log(p), np.log1p(-p)).mean())
 
 
-def _values(
-    simulator: ExposureSimulator,
-    user: torch.Tensor,
-    item: torch.Tensor,
-    answers: np.ndarray,
-    value: np.ndarray,
-    seed: int,
-) -> dict[str, float]:
+def _values(value: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
     """Mean and quantiles of the value of answered impressions, and of those drawn for the same."""
-    some = np.flatnonzero(answers.any(axis=1))
-    uniform = torch.from_numpy(np.random.default_rng(seed).random(len(some))).float()
-    at, given = torch.from_numpy(some), torch.from_numpy(answers[some]).float()
-    drawn = simulator.funnel.to("cpu").worth(user[at], item[at], given, uniform).double().numpy()
-    figures = {"mean": float(value[some].mean()), "predicted": float(drawn.mean())}
+    figures = {"mean": float(value.mean()), "predicted": float(drawn.mean())}
     for share in (0.1, 0.5, 0.9):
-        figures[f"q{share:g}"] = float(np.quantile(value[some], share))
+        figures[f"q{share:g}"] = float(np.quantile(value, share))
         figures[f"predicted_q{share:g}"] = float(np.quantile(drawn, share))
     return figures
 

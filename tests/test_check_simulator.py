@@ -10,8 +10,9 @@ from test_from_logs import config, no_bert
 
 from encoders.items import interactions
 from experiments import check_simulator
-from experiments.check_simulator import agreement, ranking_checks, wilson
+from experiments.check_simulator import agreement, ranking_checks
 from experiments.from_logs import held_out_trips
+from experiments.gate_order import wilson
 from simulators.fidelity import HeldOut, priced
 from simulators.fit import moment
 from simulators.gate import THRESHOLDS

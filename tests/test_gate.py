@@ -19,7 +19,10 @@ from simulators.gate import (
     above,
     at_least,
     at_most,
+    by_chance,
     calibration_checks,
+    halves_diverge,
+    left_out,
     lines,
     users_with_past,
     walk_checks,
@@ -27,9 +30,10 @@ from simulators.gate import (
     within,
 )
 from simulators.organic import fit_alone, table_at
-from simulators.realism import Distance
+from simulators.realism import Distance, jensen_shannon
 from simulators.trips import trips_from_logs
-from simulators.visits import lines_of
+from simulators.verdicts import MARKS
+from simulators.visits import Lines, lines_of
 
 ENV = """
 name: shop
@@ -82,7 +86,7 @@ def test_calibration_fails_where_all_chances_are_doubled(held, fitted):
     assert len(found["activity_deciles"]) == 10
     doubled = replace(held, theta=held.theta + np.log(2.0))
     wrong, more = calibration_checks(doubled, log_rate, THRESHOLDS)
-    assert not any(check.passed for check in wrong)
+    assert [check.passed for check in wrong] == [False] * 3
     ratio = np.array(more["activity_deciles"]) / np.array(found["activity_deciles"])
     assert ((ratio > 0.45) & (ratio < 0.75)).all()
     assert {c.check for c in right} == {"calibration_error", "calibration_decile",
@@ -119,7 +123,15 @@ def test_real_visits_against_themselves_pass(on_foot, shelf):
         )
 
 
-def test_visits_of_users_who_take_the_same_few_fail(on_foot, shelf):
+@pytest.fixture
+def no_judge(monkeypatch):
+    """The dearest line, answered at once."""
+    monkeypatch.setattr("simulators.gate.told_apart", lambda *_: (Distance(0.5, 0.4, 0.6), {}))
+    monkeypatch.setattr("simulators.gate.DRAWS", 40)
+    monkeypatch.setattr("simulators.realism.DRAWS", 40)
+
+
+def test_visits_of_users_who_take_the_same_few_fail(on_foot, shelf, no_judge):
     rng = np.random.default_rng(0)
     few = replace(on_foot.simulated_lines, item=rng.integers(0, 10, len(on_foot.simulated_lines)))
     wrong = replace(on_foot, simulated_lines=few)
@@ -143,6 +155,62 @@ def test_both_sides_are_of_the_same_users_and_days(on_foot, shop, shelf):
     assert len(lines_of(later, shelf.ids, users.ids)) == len(on_foot.real_lines)
 
 
+def test_curves_that_the_log_cannot_be_asked_about_are_left_out(on_foot, shelf, no_judge):
+    assert left_out(on_foot, shelf) == {}
+    at_noon = {"hour": 12, "price": np.nan}
+    tables = [t.assign(**at_noon) for t in (on_foot.real, on_foot.simulated)]
+    same = replace(on_foot, real=tables[0], simulated=tables[1])
+    assert left_out(same, shelf) == {
+        "hour": "ks_hour: hours are the same in all visits, real and simulated",
+        "price": "ks_price: no visit of the log after the cut has mean price",
+    }
+    one = replace(shelf, category=torch.zeros_like(shelf.category))
+    assert "all items of the catalogue are of one category" in left_out(same, one)["js_category"]
+    checks, _ = walk_checks(same, one, THRESHOLDS)
+    assert not {"ks_hour", "ks_price", "js_category"} & {c.check for c in checks}
+    # users who come at all hours where the log's come at noon are wrong
+    wrong = replace(same, simulated=same.simulated.assign(hour=on_foot.simulated["hour"]))
+    assert "hour" not in left_out(wrong, shelf)
+    by_name = {c.check: c for c in walk_checks(wrong, shelf, THRESHOLDS)[0]}
+    assert by_name["ks_hour"].passed is False
+
+
+def test_users_of_a_log_too_small_to_tell_are_not_failed(on_foot, shelf, no_judge):
+    """Other real visits in place of simulated ones are as right as users can be."""
+    rng = np.random.default_rng(0)
+    table = on_foot.real
+    verdicts = []
+    for _ in range(5):
+        half = rng.permutation(len(table)) < len(table) // 2
+        few = replace(on_foot, real=table[half], simulated=table[~half])
+        verdicts += [c.passed for c in walk_checks(few, shelf, THRESHOLDS)[0]
+                     if c.check.startswith("ks_")]  # fmt: skip
+    assert verdicts.count(None) > 5
+    assert verdicts.count(False) <= 0.1 * len(verdicts)
+    late = table.assign(gap=table["gap"] + 1.0)  # far off, in however few visits
+    wrong = replace(on_foot, real=table[half], simulated=late[~half])
+    by_name = {c.check: c for c in walk_checks(wrong, shelf, THRESHOLDS)[0]}
+    assert by_name["ks_gap"].passed is False
+
+
+def test_what_differs_by_chance_falls_as_visits_grow():
+    rng = np.random.default_rng(1)
+    few, many = (by_chance(rng.normal(size=n), rng) for n in (100, 10_000))
+    assert few == pytest.approx(1.36 * (2 / 100) ** 0.5, rel=0.25)  # as Kolmogorov has it
+    assert many == pytest.approx(1.36 * (2 / 10_000) ** 0.5, rel=0.25)
+
+
+def test_the_mix_of_two_halves_diverges_by_what_a_sample_does():
+    rng, kinds = np.random.default_rng(2), 20
+    drawn = []
+    for _ in range(40):  # two logs of 1,000 visits of one item each
+        drawn.append(jensen_shannon(*rng.multinomial(1000, np.full(kinds, 1 / kinds), size=2)))
+    item, zero = rng.integers(kinds, size=1000), np.zeros(1000)
+    one = Lines(zero.astype(int), np.arange(1000), zero, item, zero, zero, zero)
+    found = halves_diverge(one, np.arange(kinds), kinds, rng)
+    assert found == pytest.approx(np.percentile(drawn, 95), rel=0.3)
+
+
 @pytest.fixture
 def plug(tmp_path, monkeypatch):
     monkeypatch.setattr(simulators.catalog, "TextEncoder", HashedTexts)
@@ -161,6 +229,7 @@ def command(monkeypatch, plug, *words):
 def test_the_command_prints_writes_and_remembers(plug, monkeypatch, capsys, tmp_path):
     out = tmp_path / "gate.json"
     command(monkeypatch, plug, "policies=[random,popularity,buy_again]", "eval_users=60",
+            "sensitivity=true", "+env.simulator.patience=0.1",
             f"out={out}", f"out_dir={tmp_path / 'page'}", "++thresholds.ks_hour=null",
             "++thresholds.ks_size=0.9")  # fmt: skip
     said = capsys.readouterr().out
@@ -173,10 +242,14 @@ def test_the_command_prints_writes_and_remembers(plug, monkeypatch, capsys, tmp_
     assert by_name["ks_size"]["threshold"] == 0.9
     assert by_name["ks_size"]["passed"]
     for row in found:
-        assert f"{'PASS' if row['passed'] else 'FAIL'}  {row['check']}" in said
+        assert f"{MARKS[row['passed']]}  {row['check']}" in said
     failed = sum(not row["passed"] for row in found)
     assert f"{len(found) - failed} of {len(found)} checks passed" in said
+    assert "patience double (0.2)" in said
+    assert "left out: segment" in said
     html = (tmp_path / "page" / "gate.html").read_text()
+    assert "If an assumption is wrong" in html
+    assert "left out: segment" in html
     assert f"{len(found) - failed} of {len(found)} checks passed" in html
     assert (tmp_path / "page" / "gate.png").stat().st_size > 10_000
 
@@ -187,6 +260,8 @@ def test_the_command_prints_writes_and_remembers(plug, monkeypatch, capsys, tmp_
         (["++thresholds.ks_sise=0.1"], "did you mean 'ks_size'"),
         (["++thresholds.ks_size=small"], "must be a number or null"),
         (["eval_users=1"], "at least 2"),
+        (["sensitivity=yes please"], "sensitivity must be true or false"),
+        (["sensitivity=true", "policies=[random]"], "name two or more"),
         (["policies=[poplarity]"], "did you mean 'popularity'"),
         (["env.data=null"], "no log"),
     ],
