@@ -2,7 +2,8 @@
 
 import gymnasium
 
-from envs.recommend import RecommendEnv, RecommendVectorEnv
+from envs.recommend import RecommendVectorEnv
+from envs.single import RecommendEnv
 
 __all__ = ["RecommendEnv", "RecommendVectorEnv"]
 

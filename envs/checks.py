@@ -9,7 +9,9 @@ from torch import Tensor
 from encoders.state import EMPTY
 
 
-def check_sizes(num_items: int, num_envs: int, slate_size: int, max_steps: int) -> None:
+def check_sizes(
+    num_items: int, num_envs: int, slate_size: int, max_steps: int, forbidden: int = 0
+) -> None:
     """Refuse a session whose slates the catalogue cannot fill."""
     sizes = {"num_envs": num_envs, "slate_size": slate_size, "max_steps": max_steps}
     for name, value in sizes.items():
@@ -25,6 +27,21 @@ def check_sizes(num_items: int, num_envs: int, slate_size: int, max_steps: int) 
             f"max_steps={max_steps} slates of {slate_size} show {slate_size * max_steps} different "
             f"items, the catalogue has {num_items}, so the mask would forbid all: lower max_steps "
             f"to {num_items // slate_size}, or slate_size, or widen the catalogue"
+        )
+    if slate_size * max_steps > num_items - forbidden:
+        raise ValueError(
+            f"excluded leaves a user {num_items - forbidden} of {num_items} items, a session of "
+            f"max_steps={max_steps} slates of slate_size={slate_size} needs "
+            f"{slate_size * max_steps}: exclude fewer, or lower max_steps or slate_size"
+        )
+
+
+def check_pessimism(pessimism: float) -> None:
+    """Refuse what is no multiple of an uncertainty."""
+    number = isinstance(pessimism, int | float) and not isinstance(pessimism, bool)
+    if not number or not 0.0 <= pessimism < float("inf"):
+        raise ValueError(
+            f"pessimism must be a finite number of at least 0 (0: off), got {pessimism!r}"
         )
 
 

@@ -1,10 +1,8 @@
 """Gymnasium environments: users who are shown slates until they leave or the steps run out."""
 
-from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, Literal
 
-import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -13,14 +11,22 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from encoders.state import EMPTY, Observation, StateEncoder, calendar, remember
-from envs.checks import as_options, as_slate, check_sizes, check_word, refuse_reward, refuse_slate
-from envs.rewards import units
+from envs.checks import (
+    as_options,
+    as_slate,
+    check_pessimism,
+    check_sizes,
+    check_word,
+    refuse_reward,
+    refuse_slate,
+)
+from envs.excluded import Excluded, among
+from envs.rewards import Margin, Reward, doubt, units
 from envs.saved import env_state, restore_env
-from envs.spaces import first_row, observation_space, to_numpy, within
+from envs.spaces import observation_space, to_numpy, within
 from simulators.base import Response, UserSimulator, UserState
 from simulators.draws import Draws
 
-Reward = Callable[[Response], Tensor]
 BOARD = 20_000  # up to so many items a (B, N) table of what was shown is cheaper than a search
 TURNS = 1 << 20  # episodes of one row before its numbers run into the next row's
 
@@ -30,8 +36,10 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
 
     Observation: profile (B, P), past (B, H) with counts and ages, history (B, L), feedback
                  (B, L, F), context (B, C), as a shop has; or their encoding, one vector (B, U).
-    Action:      item ids (B, K). What was shown on this trip before is shown as an empty slot.
-    Reward:      a function of the `Response`, summed over slots.
+    Action:      item ids (B, K). What was shown on this trip before, and what `excluded` forbids
+                 the user, is shown as an empty slot.
+    Reward:      a function of the `Response`, summed over slots, less `pessimism` times what the
+                 simulator is unsure of (`envs.rewards.doubt`).
     Terminated:  the user left.      Truncated: `max_steps` reached, user still there.
 
     Row b's j-th user is a function of (seed, b, j); answers of (seed, user, episode, step). `info`
@@ -48,7 +56,9 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         num_envs: int = 1,
         slate_size: int = 1,
         max_steps: int = 20,
-        reward: Reward = units,
+        reward: Reward | Margin = units,
+        excluded: Excluded | None = None,
+        pessimism: float = 0.0,
         observation: Literal["vector", "ids"] = "vector",
         output: Literal["numpy", "torch"] = "numpy",
         seed: int = 0,
@@ -56,7 +66,8 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         device: torch.device | str | None = None,
     ) -> None:
         num_items = len(simulator.catalog)
-        check_sizes(num_items, num_envs, slate_size, max_steps)
+        check_sizes(num_items, num_envs, slate_size, max_steps, excluded.width if excluded else 0)
+        check_pessimism(pessimism)
         check_word("observation", observation, ("vector", "ids"))
         check_word("output", output, ("numpy", "torch"))
         self.device = simulator.catalog.vectors.device
@@ -65,7 +76,8 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
                 f"the simulator's catalogue is on {self.device}, the environment was asked for "
                 f"{device}: make the simulator with SimSpec(device={str(device)!r})"
             )
-        self.simulator, self.reward = simulator, reward
+        self.simulator, self.excluded, self.pessimism = simulator, excluded, pessimism
+        self.reward = reward.of(simulator.catalog) if isinstance(reward, Margin) else reward
         self.num_envs, self.num_items = num_envs, num_items
         self.slate_size, self.max_steps = slate_size, max_steps
         self.observation, self.output, self.seed = observation, output, seed
@@ -95,14 +107,15 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
 
     @property
     def mask(self) -> Tensor:
-        """Excluded ids (B, L), EMPTY-padded: what was shown on this trip."""
-        return self._now().history
+        """Excluded ids (B, M), EMPTY where none: shown on this trip, or forbidden by a rule."""
+        history = self._now().history  # (B, L)
+        return history if self.never is None else torch.cat([history, self.never], dim=1)
 
     def action_masks(self) -> np.ndarray:
         """Allowed items, (B, N) bool, as maskable learners ask for them."""
-        history = self.mask
+        mask = self.mask  # (B, M)
         room = torch.ones(self.num_envs, self.num_items + 1, dtype=torch.bool, device=self.device)
-        room.scatter_(1, torch.where(history == EMPTY, self.num_items, history), False)
+        room.scatter_(1, torch.where(mask == EMPTY, self.num_items, mask), False)
         return room[:, :-1].cpu().numpy()
 
     def reset(
@@ -131,10 +144,15 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         self.time = self.simulator.users.start[self.user]  # (B,)
         draws = self.draws.at(self.user, self.episode, self.steps)
         self.state: UserState = self.simulator.start(self.user, draws)
+        self.forbid()
         self.view = self._enter(self.user)
         self.fresh_board()
         self.seen = self._encoded(self.view)
         return self._out(self.seen), self.arrival()
+
+    def forbid(self) -> None:
+        """Look up what the users who are here must not be shown."""
+        self.never: Tensor | None = None if self.excluded is None else self.excluded.rows(self.user)
 
     def fresh_board(self) -> None:
         """Nothing was shown to anybody on this trip."""
@@ -166,6 +184,7 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         shown = torch.where(allowed, slate, EMPTY)  # repeats show nothing
         draws = self.draws.at(self.user, self.episode, self.steps)
         response, state = self.simulator.respond(self.state, shown, draws)
+        response = replace(response, items=shown)
         slot_reward = self._rewarded(response)  # (B, K)
         reward = slot_reward.sum(dim=1)  # (B,)
         terminated = response.left  # (B,)
@@ -236,10 +255,12 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         higher = torch.empty_like(again).scatter_(1, order, again)  # (B, K)
         inside = (slate >= 0) & (slate < self.num_items)  # (B, K)
         if self.board is None:
-            before = (self.mask[:, None, :] == slate[:, :, None]).any(dim=2)  # (B, K)
+            history = self._now().history  # (B, L)
+            before = (history[:, None, :] == slate[:, :, None]).any(dim=2)  # (B, K)
         else:
             before = self.board.gather(1, torch.where(inside, slate, self.num_items))  # (B, K)
-        return inside & ~before & ~higher
+        allowed = inside & ~before & ~higher
+        return allowed if self.never is None else allowed & ~among(slate, self.never)
 
     def _rewarded(self, response: Response) -> Tensor:
         slot_reward = self.reward(response)
@@ -248,6 +269,9 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
                 f"reward {_name(self.reward)} must give slot rewards "
                 f"{tuple(response.value.shape)}, got {tuple(slot_reward.shape)}"
             )
+        if self.pessimism:
+            unsure = doubt(self.reward, response, self.simulator.catalog.price)  # (B, K)
+            slot_reward = slot_reward - self.pessimism * unsure
         return slot_reward.float()
 
     def _append(self, view: Observation, shown: Tensor, response: Response) -> Observation:
@@ -288,6 +312,8 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         self.episode = self.episode.index_copy(0, rows, episode)
         self.steps = self.steps.index_copy(0, rows, steps)
         self.time = self.time.index_copy(0, rows, self.simulator.users.start[user])
+        if self.excluded is not None and self.never is not None:
+            self.never = self.never.index_copy(0, rows, self.excluded.rows(user))
         view = self._enter(user)
         self._rewrite(rows, view)
         self.seen = (
@@ -314,77 +340,6 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         arrays: dict[str, Any] = to_numpy(info)
         # RecordEpisodeStatistics and Stable-Baselines3 keep their own record under "episode".
         return {"episode_id" if k == "episode" else k: v for k, v in arrays.items()}
-
-
-class RecommendEnv(gym.Env[Any, Any]):
-    """One user at a time: row `row` of a `RecommendVectorEnv` of any size, step by step.
-
-    Observation, action, reward and ends are those of the batch, without the leading B.
-    """
-
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
-
-    def __init__(
-        self,
-        simulator: UserSimulator,
-        *,
-        slate_size: int = 1,
-        max_steps: int = 20,
-        reward: Reward = units,
-        observation: Literal["vector", "ids"] = "vector",
-        output: Literal["numpy", "torch"] = "numpy",
-        seed: int = 0,
-        row: int = 0,
-        device: torch.device | str | None = None,
-    ) -> None:
-        self.batch = RecommendVectorEnv(
-            simulator,
-            slate_size=slate_size,
-            max_steps=max_steps,
-            reward=reward,
-            observation=observation,
-            output=output,
-            seed=seed,
-            row=row,
-            device=device,
-        )
-        self.observation_space = self.batch.single_observation_space
-        self.action_space = self.batch.single_action_space
-        self.render_mode = None
-        self._waiting: tuple[Any, dict[str, Any]] | None = None  # the next user, already in
-        self._over = False
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        """Let the next user in, or the one of `options` {"user": int, "episode": int}."""
-        super().reset(seed=seed)
-        waiting, self._waiting, self._over = self._waiting, None, False
-        if waiting is not None and seed is None and not options:
-            return waiting
-        wanted = {k: np.atleast_1d(v) for k, v in options.items()} if options else None
-        obs, info = self.batch.reset(seed=seed, options=wanted)
-        return first_row(obs), first_row(info)
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Show one slate, (K,) or a single item."""
-        if self._over:
-            raise ValueError("this episode is over: call reset() before the next step()")
-        batched = action[None] if torch.is_tensor(action) else np.asarray(action)[None]
-        obs, reward, terminated, truncated, told = self.batch.step(batched)
-        obs, info = first_row(obs), first_row(told)
-        self._over = bool(terminated[0] | truncated[0])
-        if self._over:  # the batch has let the next user in; here that waits for reset()
-            final, mask = info.pop("final_obs"), info.pop("final_mask")
-            del info["_final_obs"]
-            self._waiting = obs, first_row(self.batch.arrival())
-            obs, info["mask"] = final, mask
-        return obs, float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
-
-    def action_masks(self) -> np.ndarray:
-        """Allowed items, (N,) bool."""
-        allowed: np.ndarray = self.batch.action_masks()[0]
-        return allowed
 
 
 def _merge(old: Any, rows: Tensor, new: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from envs.recommend import RecommendEnv, RecommendVectorEnv
+from envs.recommend import RecommendVectorEnv
+from envs.single import RecommendEnv
 from simulators.base import SimSpec, UserSimulator
 
 

@@ -43,6 +43,7 @@ def restore_env(env: Any, state: dict[str, Any]) -> None:
         setattr(env, name, here(value))
     env.state = {name: here(value) for name, value in state["users"].items()}
     env.view = Observation(**{name: here(value) for name, value in state["view"].items()})
+    env.forbid()
     env.fresh_board()
     if env.board is not None:
         shown = env.view.history  # (B, L) of this trip

@@ -118,9 +118,10 @@ def check_key(key: str, root: dict[str, Any], configs: dict[str, Any], folders: 
     # a constructor may know keys its yaml leaves out: +agent.key=1 is for them, and it checks them
     if not below or added or not configs.get(top) or "defaults" in configs[top]:
         return False
-    known = {k: v for k, v in keys(configs[top]).items() if not k.endswith("_target_")}
+    every = keys(configs[top])
+    known = {k: v for k, v in every.items() if not k.endswith("_target_")}
     inside = any(below.startswith(f"{k}.") for k, value in known.items() if value in ({}, None))
-    if below not in known and not inside:  # inside what the yaml leaves open, anything may stand
+    if below not in every and not inside:  # inside what the yaml leaves open, anything may stand
         there = ", ".join(known) or "none"
         fail(f"{key}: there is no such key{advise(below, [*known])}; {top} has: {there}")
     return inside

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +18,8 @@ from tqdm import tqdm
 from agents.interactions import Interactions
 from encoders.items import interactions
 from encoders.text import TextEncoder
-from experiments.prepare import JUDGES, ReplayTrips, Worlds
+from envs.excluded import Excluded, refuse_unknown
+from experiments.prepare import JUDGES, ReplayTrips, Worlds, plug_in_note, rules_of
 from experiments.run_folder import stage, write_text
 from simulators.base import Catalog, SimSpec, UserSimulator, UserTable
 from simulators.exposed import ExposureSimulator, visitors
@@ -34,6 +36,8 @@ SPLIT = (
 )
 REPLAYED = 2000  # held-out trips that policies are replayed on
 FITS_AT_ONCE = 2
+CHECKED = 30_000  # held-out trips at most that the figures are made from
+LEARNT = 150_000  # visits in the window at most that a fit is made from
 
 
 def from_logs(cfg: DictConfig, device: str) -> Worlds:
@@ -47,15 +51,24 @@ def from_logs(cfg: DictConfig, device: str) -> Worlds:
     with stage("encode", seconds):
         catalog: Catalog = instantiate(cfg.env.catalog, logs, device=device, progress=cfg.progress)
         print(coverage_line(logs, catalog), flush=True)
+    if not describes_users(cfg):
+        refuse_strangers(logs, catalog)
+        refuse_unpriced(cfg, catalog)
+    rules = rules_of(cfg)
+    refuse_unknown(rules, logs.users["user"], logs.items["item"], catalog.category_names)
     with stage("fit", seconds):
         ours, others = logs.split_users(0.5, SPLIT)
+        whole = logs
+        if not describes_users(cfg):
+            since = catalog.as_of - cfg.env.simulator.get("window", 150.0)
+            ours, others, whole = (households_to_fit(x, since) for x in (ours, others, logs))
         judges = trips_from_logs(others, catalog.ids, since=catalog.as_of)
         first = judges[first_trips(judges)]
-        if not len(first):
+        if len(first) < 2 and not describes_users(cfg):
             raise ValueError(
-                f"{logs.name}: none of the {len(others.users)} households to judge with comes "
-                f"after the cut at {moment(catalog.as_of):%Y-%m-%d}, having come before: choose "
-                "an earlier cut (env.catalog.cut) or a longer log"
+                f"{logs.name}: {len(first)} of the {len(others.users)} households to judge with "
+                f"come after the cut at {moment(catalog.as_of):%Y-%m-%d}, having come before, and "
+                "intervals need 2: choose an earlier cut (env.catalog.cut) or a longer log"
             )
         print(f"fit users: {len(ours.users)} households to train on, {len(others.users)} to judge "
               f"with, {len(first)} of them come after the cut", flush=True)  # fmt: skip
@@ -64,16 +77,48 @@ def from_logs(cfg: DictConfig, device: str) -> Worlds:
             f"judge {i}": SimSpec(others, catalog, device, JUDGES + i, users, True)
             for i in range(cfg.evaluators)
         }
-        made, checked = fit_all(cfg, specs, lambda: check(cfg, logs, catalog))
+        made, checked = fit_all(cfg, specs, lambda: check(cfg, logs, whole, catalog))
         made = {name: after_the_cut(name, sim, others) for name, sim in made.items()}
         if checked:  # a simulator of another kind has no such figures
             print("\n".join(lines(checked)), flush=True)
         second = second_opinion(cfg, others, catalog, device, first.users())
     replay = None if describes_users(cfg) else replay_trips(judges).to(device)
     train, *test = made.values()
-    return Worlds(train, test, events_before(cfg, logs, catalog), replay, checked, notes=[],
+    notes = plug_in_note(cfg, train)
+    if rules:
+        notes.append(Excluded.of(rules, catalog, train.users).words(catalog))
+    return Worlds(train, test, events_before(cfg, logs, catalog), replay, checked, notes=notes,
                   seconds=seconds, specs=tuple(specs.values())[1:],
                   gate=gate_line(cfg.env_name, train), second=second)  # fmt: skip
+
+
+def refuse_strangers(logs: Logs, catalog: Catalog) -> None:
+    """Refuse a log in which nobody who comes after the cut had come before it."""
+    events = logs.events[logs.events["behaviour"].isin(logs.purchases)]
+    early = (events["time"] < moment(catalog.as_of)).to_numpy()
+    if events["user"][~early].isin(events["user"][early].unique()).any():
+        return
+    day = events["time"].dt.floor("D").groupby(events["user"])
+    if (day.min() == day.max()).all():
+        raise ValueError(
+            f"{logs.name}: each of {len(day)} users comes on one day only. What users want is "
+            "learnt from what they came for before: give who they are as `user` (it may be the id "
+            "of a session), or a longer log"
+        )
+    raise ValueError(
+        f"{logs.name}: nobody who comes after the cut at {moment(catalog.as_of):%Y-%m-%d} had come "
+        "before: choose an earlier cut (env.catalog.cut, cut) or a longer log"
+    )
+
+
+def refuse_unpriced(cfg: DictConfig, catalog: Catalog) -> None:
+    """Refuse money as a reward where no item has a price: all would be worth nothing."""
+    reward = (cfg.env.get("session") or {}).get("reward") or {}
+    if reward.get("path") == "envs.rewards.revenue" and bool(catalog.price.isnan().all()):
+        raise ValueError(
+            "env.session.reward is revenue, and no item of this log has a price: give the events a "
+            "price, or another reward (envs.rewards.units; envs.rewards.Margin reads a table)"
+        )
 
 
 def second_opinion(
@@ -148,11 +193,11 @@ def fit_all(
     return {name: job.result() for name, job in jobs.items()}, checked.result()
 
 
-def check(cfg: DictConfig, logs: Logs, catalog: Catalog) -> dict[str, Any]:
+def check(cfg: DictConfig, logs: Logs, fitted: Logs, catalog: Catalog) -> dict[str, Any]:
     """Held-out figures of the same model fitted to all households, on their trips after the cut."""
     if describes_users(cfg):
         return {}
-    whole = instantiate(cfg.env.simulator, SimSpec(logs, catalog, "cpu", 0), _convert_="all")
+    whole = instantiate(cfg.env.simulator, SimSpec(fitted, catalog, "cpu", 0), _convert_="all")
     if not isinstance(whole, FittedSimulator):
         return {}
 
@@ -172,9 +217,47 @@ def held_out_figures(users: FittedSimulator, logs: Logs, catalog: Catalog) -> di
 
 
 def held_out_trips(logs: Logs, catalog: Catalog) -> Trips:
-    """Trips after the cut of households that had come before."""
+    """Trips after the cut of households that had come before; of too many, some households'."""
+    known = logs.before(moment(catalog.as_of)).events["user"].unique()
+    visits = visits_since(logs, catalog.as_of)
+    logs = drawn(logs, visits[visits.index.isin(known)], CHECKED)
     trips = trips_from_logs(logs, catalog.ids, since=catalog.as_of)
-    return trips[np.isin(trips.user, logs.before(moment(catalog.as_of)).events["user"].unique())]
+    return trips[np.isin(trips.user, known)]
+
+
+def drawn(logs: Logs, visits: pd.Series, most: int) -> Logs:
+    """All of the log, or the events of some households that made at most so many visits."""
+    if visits.sum() <= most:
+        return logs
+    order = np.random.default_rng(SPLIT).permutation(len(visits))
+    some = visits.iloc[order]
+    kept = some.index[some.cumsum() <= most]
+    events = logs.events[logs.events["user"].isin(kept)].reset_index(drop=True)
+    return replace(logs, events=events)  # users stay: attributes are measured against all of them
+
+
+def households_to_fit(logs: Logs, since: float) -> Logs:
+    """The log, or of one with too many visits from day `since` on that of some households.
+
+    Memory and time of a fit go with its visits, and so are bounded.
+    """
+    some = drawn(logs, visits_since(logs, since), LEARNT)
+    if some is not logs:
+        print(
+            f"  fit to {some.events['user'].nunique():,} of {logs.events['user'].nunique():,} "
+            f"users, drawn at random, who make {LEARNT:,} visits from the window on",
+            flush=True,
+        )
+    return some
+
+
+def visits_since(logs: Logs, day: float) -> pd.Series:
+    """How often each user came from `day` on, by user; those who did not come are left out."""
+    events = logs.since(moment(day)).events
+    events = events[events["behaviour"].isin(logs.purchases)]
+    visit = events["basket"] if "basket" in events else events["time"].dt.floor("D")
+    visits = pd.DataFrame({"user": events["user"], "visit": visit}).drop_duplicates()
+    return visits["user"].value_counts().sort_index()
 
 
 def write_figures(figures: dict[str, Any], path: Path) -> None:
@@ -194,26 +277,30 @@ def gate_entry(fit_key: str) -> Path:
 
 def remember_gate(fit_key: str, checks: Sequence[Check]) -> None:
     """Keep which checks users of this fit failed, for those who train on them."""
-    failed = [check.check for check in checks if not check.passed]
-    write_text(gate_entry(fit_key), json.dumps({"checks": len(checks), "failed": failed}))
+    verdict = {
+        "checks": len(checks),
+        "failed": [check.check for check in checks if check.passed is False],
+        "unsure": [check.check for check in checks if check.passed is None],
+    }
+    write_text(gate_entry(fit_key), json.dumps(verdict))
 
 
 def gate_line(env_name: str, simulator: UserSimulator) -> str:
     """What the gate said of the users that were trained on; "" for users of another kind."""
-    if not isinstance(simulator, FittedSimulator):
+    if not isinstance(simulator, FittedSimulator | ExposureSimulator):
         return ""
     command = f"python experiments/check_simulator.py env={env_name} (with the same env.* keys)"
     try:
         verdict = json.loads(gate_entry(simulator.fit_key).read_text())
     except (OSError, ValueError):
         return f"these users have not been held against their log yet: {command}"
-    failed = verdict["failed"]
-    if not failed:
-        return f"these users passed all {verdict['checks']} checks of {command}"
-    return (
-        f"warning: these users FAILED {len(failed)} of {verdict['checks']} checks "
-        f"({', '.join(failed)}): {command}"
-    )
+    failed, unsure, total = verdict["failed"], verdict.get("unsure", []), verdict["checks"]
+    few = f"; too few users to tell in {len(unsure)} more ({', '.join(unsure)})" if unsure else ""
+    if failed:
+        what = f"FAILED {len(failed)} of {total} checks ({', '.join(failed)}){few}"
+        return f"warning: these users {what}: {command}"
+    passed = f"{total - len(unsure)} of {total}" if unsure else f"all {total}"
+    return f"these users passed {passed} checks{few} of {command}"
 
 
 def with_levels(logs: Logs) -> Logs:

@@ -2,8 +2,9 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,14 +14,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from agents.base import Agent, AgentSpec
+from agents.base import Agent, AgentSpec, Decision
 from encoders.state import CONTEXT, EMPTY, Observation, calendar
+from envs.excluded import Excluded
 from envs.recommend import RecommendVectorEnv
-from evaluation.online import Sessions, play, replay, table
+from evaluation.online import CHUNK, Sessions, play, replay, table
 from experiments.cli import advise
 from experiments.oracle import play_oracle
-from experiments.prepare import Worlds
-from simulators.base import UserSimulator, UserTable
+from experiments.prepare import Worlds, rules_of
+from simulators.base import Catalog, UserSimulator, UserTable
 
 DEFAULT_STEPS = 100_000  # env steps of training where nothing else is said
 PLAYED_AT_ONCE = 2  # simulators, each on one thread: the same bits however many
@@ -79,12 +81,19 @@ def make_env(
 ) -> RecommendVectorEnv:
     """Sessions of `cfg.env.session` with these users."""
     session = instantiate(cfg.env.session, _convert_="all")
-    known = ("slate_size", "max_steps", "reward")
+    known = ("slate_size", "max_steps", "reward", "excluded")
     if strange := set(session) - set(known):
         raise ValueError(f"env.session has {', '.join(known)}, got {', '.join(sorted(strange))}")
+    session["excluded"] = excluded(cfg, simulator.catalog, simulator.users)
     return RecommendVectorEnv(
         simulator, num_envs=num_envs, observation="ids", output="torch", seed=seed, **session
     )
+
+
+def excluded(cfg: DictConfig, catalog: Catalog, users: UserTable) -> Excluded | None:
+    """What `env.session.excluded` forbids these users; None where nothing is."""
+    rules = rules_of(cfg)
+    return Excluded.of(rules, catalog, users) if rules else None
 
 
 def session_list(users: int, size: int, device: str) -> tuple[Tensor, Tensor]:
@@ -164,8 +173,31 @@ def replay_value(cfg: DictConfig, agent: Agent, worlds: Worlds) -> float | None:
     obs = opening(
         worlds.replay.users, session.slate_size * session.max_steps, len(worlds.train.behaviours)
     )
-    found = replay(agent, obs, worlds.replay.bought, steps=steps, slate_size=session.slate_size)
+    rule = excluded(cfg, worlds.train.catalog, worlds.replay.users)
+    sizes = {"steps": steps, "slate_size": session.slate_size}
+    if rule is None:
+        found = replay(agent, obs, worlds.replay.bought, **sizes)
+    else:
+        parts = torch.arange(len(obs), device=obs.past.device).split(CHUNK)
+        found = torch.cat([
+            replay(
+                cast(Agent, Ruled(agent, rule.rows(rows))),  # replay only lets it act
+                obs[rows], worlds.replay.bought[rows], **sizes,
+            )
+            for rows in parts
+        ])  # fmt: skip
     return found.double().mean().item()
+
+
+@dataclass(frozen=True)
+class Ruled:
+    """An agent that serves B users, each of whom must not be shown some items."""
+
+    agent: Agent
+    never: Tensor  # (B, W) excluded ids
+
+    def act(self, obs: Observation, mask: Tensor, *, explore: bool = True) -> Decision:
+        return self.agent.act(obs, torch.cat([mask, self.never], dim=1), explore=explore)
 
 
 def opening(users: UserTable, places: int, behaviours: int) -> Observation:

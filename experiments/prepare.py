@@ -5,12 +5,15 @@ from typing import Any
 
 import numpy as np
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torch import Tensor
 
 from agents.interactions import Interactions
 from encoders.state import EMPTY
+from envs.excluded import Excluded, Rule, as_text, read_rules, refuse_unknown
+from experiments.kinds import refuse_words
 from simulators.base import Catalog, SimSpec, UserSimulator, UserTable
+from simulators.testing import check_simulator
 
 JUDGES = 1_000_000  # seeds of the simulators that judge: the same ones for every training seed
 
@@ -54,6 +57,7 @@ def prepare(cfg: DictConfig, device: str) -> Worlds:
             f"env={cfg.env_name} names no simulator: its yaml needs simulator: {{_target_: ...}}, "
             "as experiments/conf/env/tiny.yaml has it"
         )
+    refuse_words(cfg.env, "env")
     if cfg.env.get("data") is None:
         return synthetic(cfg, device)
     from experiments.from_logs import from_logs
@@ -61,12 +65,41 @@ def prepare(cfg: DictConfig, device: str) -> Worlds:
     return from_logs(cfg, device)
 
 
+def rules_of(cfg: DictConfig) -> list[Rule]:
+    """What `env.session.excluded` says, none if nothing."""
+    session = cfg.env.get("session") or {}
+    source = session.get("excluded")
+    if source is None:
+        return []
+    return read_rules(list(source) if isinstance(source, ListConfig) else source)
+
+
+def plug_in_note(cfg: DictConfig, simulator: UserSimulator) -> list[str]:
+    """Look at users whose code is not of this repository, before anything is built on them."""
+    target = str(cfg.env.simulator.get("_target_"))
+    if target.startswith("simulators."):
+        return []
+    problems = check_simulator(simulator, quick=True)
+    if problems:
+        raise ValueError(
+            f"env.simulator is {target}, whose users cannot be trained on:\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+            + "\nsimulators.testing.check_simulator looks closer (docs/custom_simulator.md)"
+        )
+    return [f"{target}: a quick check found nothing wrong with these users"]
+
+
 def synthetic(cfg: DictConfig, device: str) -> Worlds:
     """A world without logs: other seeds are other households of the same shop."""
     seeds = [cfg.seed, *(JUDGES + i for i in range(cfg.evaluators))]
     specs = [SimSpec(None, None, device=device, seed=seed) for seed in seeds]
     train, *test = [instantiate(cfg.env.simulator, spec) for spec in specs]
-    notes = [f"{len(train.users)} synthetic users, {len(train.catalog)} items, no log"]
+    notes = plug_in_note(cfg, train)
+    notes.append(f"{len(train.users)} synthetic users, {len(train.catalog)} items, no log")
+    if rules := rules_of(cfg):
+        everybody = np.concatenate([as_text(s.users.ids) for s in (train, *test)])
+        refuse_unknown(rules, everybody, train.catalog.ids, train.catalog.category_names)
+        notes.append(Excluded.of(rules, train.catalog, train.users).words(train.catalog))
     events = events_of(train.users, train.catalog)
     return Worlds(train, test, events, replay=None, fidelity={}, notes=notes,
                   specs=tuple(specs[1:]))  # fmt: skip

@@ -24,9 +24,11 @@ from omegaconf import DictConfig
 
 from agents.base import Agent, Transition
 from agents.checks import NonFiniteLossError
+from envs.checks import check_pessimism
 from evaluation.online import one_step, play
 from experiments.arena import Arena, arena, chosen_device
 from experiments.checkpoints import Checkpoint, fit, load_checkpoint
+from experiments.kinds import refuse_words
 from experiments.policies import (
     DEFAULT_STEPS,
     SESSIONS_SEED,
@@ -46,6 +48,7 @@ def main(cfg: DictConfig) -> None:
     """Prepare users, train an agent on some, judge it on others, and say where everything is."""
     with cli.plain_errors():
         device, steps = checked(cfg)
+        refuse_words(cfg.agent, "agent")
         cfg.run_dir = sweep_folder(cfg) or cfg.run_dir
         before = interrupted_run(cfg) if cfg.resume else None
         seconds: dict[str, float] = {}
@@ -61,7 +64,7 @@ def main(cfg: DictConfig) -> None:
             load_checkpoint(Path(cfg.checkpoint), agent, world.catalog, device)
             refuse_ended_schedule(cfg, agent, steps)
 
-        world.env()  # refuses what no session can be
+        training_env(cfg, world)  # refuses what no session can be
         folder = before.folder if before else open_folder(cfg)  # not before all that was typed fits
         done = f", {saved.step} of them done" if saved else ""
         print(
@@ -102,7 +105,7 @@ def train(
     saved: Checkpoint | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """Let the agent serve users and learn from them; the steps made, the best evaluation."""
-    env = world.env()
+    env = training_env(cfg, world)
     watch = Watch(cfg, world, agent, folder, steps, env.num_envs)
     if saved is not None:
         fit(saved, agent, world.catalog)
@@ -140,6 +143,29 @@ def train(
         )
     best = {"value": watch.best, "step": watch.best_step} if watch.best_step else {}
     return watch.step, best
+
+
+def training_env(cfg: DictConfig, world: Arena) -> Any:
+    """Sessions to train on: only here does `env.pessimism` take from the reward."""
+    env = world.env()
+    if pessimism := cfg.env.get("pessimism"):
+        check_pessimism(pessimism)
+        refuse_certainty(world.env())
+        env.pessimism = pessimism
+    return env
+
+
+def refuse_certainty(env: Any) -> None:
+    """Refuse users who never doubt: pessimism would change nothing."""
+    env.reset()
+    slate = torch.arange(env.slate_size, device=env.device).expand(env.num_envs, -1)
+    info = env.step(slate)[-1]
+    if not (info["response"].uncertainty > 0).any():
+        raise ValueError(
+            "env.pessimism takes what the users' simulator is unsure of from the reward, and this "
+            "one states no uncertainty (Response.uncertainty is 0): fit an ensemble, or leave "
+            "env.pessimism at 0"
+        )
 
 
 def loop(agent: Agent, env: Any, watch: Watch, world: Arena, saved: Checkpoint | None) -> None:

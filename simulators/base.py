@@ -70,6 +70,7 @@ class Response:
     left: Tensor  # (B,) bool
     elapsed: Tensor  # (B,) float32 days gone by before the next step; 0 within a trip
     uncertainty: Tensor  # (B, K) float32: how unsure the simulator is of its own probability
+    items: Tensor | None = None  # (B, K) what was shown; the environment writes it in, for rewards
 
 
 @runtime_checkable

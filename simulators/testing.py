@@ -28,6 +28,7 @@ from simulators.testing_types import (
     tables,
     tensor,
     tensors_of,
+    told,
 )
 from simulators.trips import trips_from_logs
 from sources.logs import Logs
@@ -44,12 +45,13 @@ Check = Callable[[UserSimulator, int], Iterator[str]]
 
 
 def check_simulator(
-    simulator: UserSimulator, *, seed: int = 0, logs: Logs | None = None
+    simulator: UserSimulator, *, seed: int = 0, logs: Logs | None = None, quick: bool = False
 ) -> list[str]:
     """List what a simulator does wrong, an empty list if nothing was found.
 
     With `logs`, rates are compared with theirs. Settings that the simulator declares in `dynamics`
-    are checked too: see simulators/testing_dynamics.py.
+    are checked too: see simulators/testing_dynamics.py. `quick` looks only for what makes training
+    on it wrong, on a few users: shapes, types, devices, NaN, purity, batches, empty slots.
     """
     if isinstance(simulator, type):
         name = simulator.__name__
@@ -61,9 +63,9 @@ def check_simulator(
             f"a simulator needs the members {', '.join(members)}: add {', '.join(missing)}, as "
             "simulators/base.py describes them"
         ]
-    checks: list[Check] = [
-        tables, _answers, _purity, _batches, _empty_slots, _relevance, _frequency, _ends,
-    ]  # fmt: skip
+    checks: list[Check] = [tables, _answers, _purity, _batches, _empty_slots, _relevance]
+    if not quick:
+        checks += [_likely, _frequency, _ends]
     if logs is not None:
         checks.append(partial(_like_the_log, logs=logs))
     problems: list[str] = []
@@ -72,7 +74,7 @@ def check_simulator(
         problems += found + drew
         if found and check in (tables, _answers):  # the rest would only repeat it
             break
-    if not problems:
+    if not problems and not quick:
         problems += _declared(simulator, seed)
     return list(dict.fromkeys(problems))  # one fault is met at many steps
 
@@ -144,7 +146,7 @@ def _purity(simulator: UserSimulator, seed: int) -> Iterator[str]:
         if not equal(shown, slate):
             yield "respond: wrote into the slate handed in; work on slate.clone() or slate.clamp()"
             return
-        if not same(vars(response), vars(second)) or not same(after, later):
+        if not same(told(response), told(second)) or not same(after, later):
             yield (
                 "respond: the same state and draws gave two different answers; keep nothing in the "
                 "simulator between calls (it belongs into the state) and draw only from `draws`"
@@ -175,7 +177,7 @@ def _batches(simulator: UserSimulator, seed: int) -> Iterator[str]:
                             "several batches are put together"
                         )
                         return
-                if not same(vars(one), rows_of(vars(all_of_them), chosen)):
+                if not same(told(one), rows_of(told(all_of_them), chosen), nearly=True):
                     yield (
                         f"respond: user {int(users[chosen[0]])} answers differently {name} than in "
                         f"a batch, at step {step}; look for a mean, a maximum or a draw that is "
@@ -219,7 +221,22 @@ def _relevance(simulator: UserSimulator, seed: int) -> Iterator[str]:
             "relevance: must be probabilities above 0 and below 1; end it with sigmoid(), or "
             "clamp(1e-6, 1 - 1e-6)"
         )
-    elif float(relevance.mean()) > SURE:
+    alone = simulator.relevance({k: v[:1] for k, v in state.items()})
+    if not torch.allclose(alone, relevance[:1], rtol=1e-4, atol=1e-7, equal_nan=True):
+        yield (
+            "relevance: a user's probabilities depend on who else is in the batch; take no mean, "
+            "maximum or softmax over dimension 0"
+        )
+
+
+def _likely(simulator: UserSimulator, seed: int) -> Iterator[str]:
+    """Users take something, and not everything."""
+    users = _some(simulator)
+    state = started(simulator, users, _at(Draws.root(seed, users.device), users, 0))
+    relevance = simulator.relevance(state)  # (B, N)
+    if not ((relevance > 0) & (relevance < 1)).all():
+        return  # `_relevance` has said so
+    if float(relevance.mean()) > SURE:
         yield (
             f"relevance: users take {float(relevance.mean()):.0%} of whatever they are shown, so "
             "any slate is as good as another; take a constant from the logits"
@@ -229,12 +246,6 @@ def _relevance(simulator: UserSimulator, seed: int) -> Iterator[str]:
             f"relevance: even of its best item a user takes 1 in "
             f"{1 / float(relevance.max(dim=1).values.mean()):,.0f}, so agents see no reward; add a "
             "constant to the logits"
-        )
-    alone = simulator.relevance({k: v[:1] for k, v in state.items()})
-    if not torch.allclose(alone, relevance[:1], rtol=1e-4, atol=1e-7, equal_nan=True):
-        yield (
-            "relevance: a user's probabilities depend on who else is in the batch; take no mean, "
-            "maximum or softmax over dimension 0"
         )
 
 

@@ -218,17 +218,33 @@ def tensor(
         yield f"{name}: carries a gradient; decorate the method with @torch.no_grad()"
 
 
+def told(response: Response) -> dict[str, Any]:
+    """What a simulator answers, by name: what was shown is the environment's to say."""
+    return {name: value for name, value in vars(response).items() if name != "items"}
+
+
 def rows_of(values: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     return {k: rows_of(v, rows) if isinstance(v, dict) else v[rows] for k, v in values.items()}
 
 
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two dicts of tensors, of one depth, are equal bit by bit."""
+def same(one: dict[str, Any], other: dict[str, Any], *, nearly: bool = False) -> bool:
+    """Whether two dicts of tensors, of one depth, are equal bit by bit; or real numbers `nearly`,
+    as products of matrices of another height may differ in the last bits.
+    """
     if one.keys() != other.keys():
         return False
+    alike = close if nearly else equal
     return all(
-        same(v, other[k]) if isinstance(v, dict) else equal(v, other[k]) for k, v in one.items()
+        same(v, other[k], nearly=nearly) if isinstance(v, dict) else alike(v, other[k])
+        for k, v in one.items()
     )
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Equal bit by bit, real numbers to four digits."""
+    if one.shape != other.shape or one.dtype != other.dtype or not one.is_floating_point():
+        return equal(one, other)
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def equal(one: Tensor, other: Tensor) -> bool:

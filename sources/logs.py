@@ -98,6 +98,11 @@ class Logs:
         if not len(self):
             raise ValueError(f"{self.name}: there are no events to cut")
         time = self.events["time"]
+        if time.iloc[0] == time.iloc[-1]:
+            raise ValueError(
+                f"{self.name}: all {len(self)} events carry the time {time.iloc[0]}, which leaves "
+                "no earlier and later to cut: give the moment of each event"
+            )
         if by == "events":
             return time.iloc[int(share * len(time))]
         if by != "span":

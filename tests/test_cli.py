@@ -82,6 +82,7 @@ def test_a_typo_is_refused_with_the_nearest_right_word(
         ["env.data.path=x", "env.weights.click=1"],  # inside what the yaml leaves open
         ["hydra.verbose=true", "hydra/launcher=basic", "--cfg", "job", "-cd", "."],
         ["agent=choice(dqn,random)", "~agent.net"],
+        ["agent._target_=mine.DQN"],  # a plug-in in the place of what the yaml names
     ],
 )
 def test_what_is_right_passes(argv: list[str], conf: Path) -> None:
@@ -189,3 +190,9 @@ def test_an_interrupt_is_exit_code_130(capsys: pytest.CaptureFixture[str]) -> No
         raise KeyboardInterrupt("all is in runs/x")
     assert stop.value.code == 130
     assert "all is in runs/x" in capsys.readouterr().err
+
+
+def test_a_target_that_the_yaml_does_not_have_is_refused(
+    conf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "env._target_: there is no such key" in refusal(["env._target_=mine.Shop"], conf, capsys)

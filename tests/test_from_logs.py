@@ -12,11 +12,12 @@ from synthetic import HashedTexts, load
 import simulators.catalog
 from encoders.items import interactions
 from encoders.state import EMPTY
-from experiments.from_logs import first_trips, from_logs, summary
+from experiments.from_logs import first_trips, from_logs, gate_line, remember_gate, summary
 from experiments.prepare import JUDGES, prepare
 from simulators.base import SimSpec
 from simulators.fit import moment
 from simulators.fitted import Assumptions, FittedSimulator
+from simulators.gate import Check
 from simulators.trips import Trips, trips_from_logs
 from sources.logs import Logs, Roles
 
@@ -198,6 +199,20 @@ def test_the_yaml_repeats_the_defaults_of_the_code(request):
     catalog = inspect.signature(simulators.catalog.catalog_from_logs).parameters
     for knob, value in env.catalog.items():
         assert knob == "_target_" or catalog[knob].default == value, knob
+
+
+def test_the_verdict_tells_failures_from_too_few_users(worlds):
+    key = worlds.train.fit_key
+    passed, failed, few = (Check(n, 0.1, 0, 1, 0.1, ok, "") for n, ok in
+                           (("a", True), ("b", False), ("c", None)))  # fmt: skip
+    remember_gate(key, [passed, failed, few])
+    line = gate_line("shop", worlds.train)
+    assert "FAILED 1 of 3 checks (b); too few users to tell in 1 more (c): python" in line
+    remember_gate(key, [passed, few])
+    line = gate_line("shop", worlds.train)
+    assert line.startswith("these users passed 1 of 2 checks; too few users to tell in 1 more (c)")
+    remember_gate(key, [passed])
+    assert gate_line("shop", worlds.train).startswith("these users passed all 1 checks of python")
 
 
 def test_the_summary_names_size_and_span(shop):

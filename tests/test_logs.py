@@ -226,8 +226,10 @@ def test_temporal_split_by_span_never_trains_on_the_future():
 
 def test_an_empty_side_of_a_split_is_refused():
     one_moment = create(shop(time=["2025-01-05"] * 6))
-    with pytest.raises(ValueError, match="leaves no events in train"):
+    with pytest.raises(ValueError, match=r"all 6 events carry the time 2025-01-05 .*no earlier"):
         one_moment.temporal_split(0.5)
+    with pytest.raises(ValueError, match="leaves no events in train"):
+        create(shop()).temporal_split(0.1, by="events")
     singles = create(shop(user=[1, 2, 3, 4, 5, 6]))
     with pytest.raises(ValueError, match="leaves no events in test"):
         singles.leave_last_out()

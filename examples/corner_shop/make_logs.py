@@ -1,4 +1,4 @@
-"""Write the two files of a made-up corner shop, orders.csv and products.csv, beside this script.
+"""Write the files of a made-up corner shop beside this script: orders, products, a rule.
 
 python examples/corner_shop/make_logs.py
 """
@@ -78,11 +78,14 @@ def orders(stock: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
 
 
 def main(folder: Path, seed: int = 0) -> None:
-    """Write both files into `folder`."""
+    """Write orders.csv, products.csv and juniors.csv, who are not shown wine, into `folder`."""
     stock = products()
     stock.to_csv(folder / "products.csv", index=False)
     sold = orders(stock, np.random.default_rng(seed))
     sold.to_csv(folder / "orders.csv", index=False)
+    juniors = [f"j{customer:03d}" for customer in range(JUNIORS)]
+    rule = pd.DataFrame({"user": juniors, "category": "wine"})
+    rule.to_csv(folder / "juniors.csv", index=False)
     print(f"{len(sold)} lines of orders, {len(stock)} products")
 
 

@@ -1,0 +1,75 @@
+"""Words where numbers are meant are refused by their key, and every yaml of ours passes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from experiments import prepare, train_agent
+from experiments.kinds import declared, fits, refuse_words
+
+CONF = Path(__file__).resolve().parents[1] / "experiments" / "conf"
+YAMLS = sorted([*CONF.glob("env/*.yaml"), *CONF.glob("agent/*.yaml"), *CONF.glob("data/*.yaml")])
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_the_yamls_of_the_repository_are_of_the_kinds_that_the_code_declares(path):
+    refuse_words(OmegaConf.load(path), path.parent.name)
+
+
+@pytest.mark.parametrize(
+    ("env", "key", "value", "message"),
+    [
+        ("custom", "simulator.patience", "lots", "env.simulator.patience must be a number, got 'l"),
+        ("custom", "simulator.satiation", "lots", "satiation must be a number or null, got 'lots'"),
+        ("custom", "simulator.window", None, "env.simulator.window must be a number, got None"),
+        ("custom", "simulator.epochs", 2.5, "env.simulator.epochs must be a whole number, got 2.5"),
+        ("custom", "simulator.choice", 3, "env.simulator.choice must be a word, got 3"),
+        ("custom", "catalog.size", "many", "env.catalog.size must be a whole number, got 'many'"),
+        ("custom", "catalog.cut", True, "env.catalog.cut must be a number, got True"),
+        ("tiny", "simulator.items", "sixty", "env.simulator.items must be a whole number"),
+        ("video", "data.positive", "good", "env.data.positive must be"),
+    ],
+)  # fmt: skip
+def test_a_word_for_a_number_is_refused_by_its_key(env, key, value, message):
+    config = OmegaConf.load(CONF / "env" / f"{env}.yaml")
+    OmegaConf.update(config, key, value)
+    with pytest.raises(ValueError, match=message):
+        refuse_words(config, "env")
+
+
+def test_what_is_a_number_though_written_otherwise_passes():
+    config = OmegaConf.load(CONF / "env" / "custom.yaml")
+    for key, value in (("window", 120), ("patience", 0), ("satiation", None), ("exposure", 1e-3)):
+        OmegaConf.update(config, f"simulator.{key}", value)
+    refuse_words(config, "env")
+    assert not fits(True, (int,))
+    assert fits(True, (bool, int))
+
+
+def nested(spec: object, *, size: int, names: list[str] | None = None) -> None:
+    """A target with a parameter that is of no plain type."""
+
+
+def test_nested_targets_are_looked_into_and_unknown_ones_left_alone():
+    part = {"_target_": "test_kinds.nested", "size": 3, "names": "x", "more": "word"}
+    refuse_words(OmegaConf.create({"a": {"b": part}}), "agent")
+    with pytest.raises(ValueError, match=r"agent\.a\.b\.size must be a whole number, got 'x'"):
+        refuse_words(OmegaConf.create({"a": {"b": part | {"size": "x"}}}), "agent")
+    refuse_words(OmegaConf.create({"_target_": "no.such.thing", "size": "x"}), "agent")
+    assert declared("no.such.thing") == {}
+    assert declared("test_kinds.nested") == {"size": (int,)}
+
+
+def test_the_commands_look_before_they_work(monkeypatch, capsys):
+    env = OmegaConf.load(CONF / "env" / "tiny.yaml")
+    env.simulator.households = "some"
+    with pytest.raises(ValueError, match=r"env\.simulator\.households must be a whole number"):
+        prepare.prepare(OmegaConf.create({"env": env, "env_name": "tiny"}), "cpu")
+    monkeypatch.setattr(train_agent, "arena", None)  # not reached
+    words = ["env=tiny", "agent=dqn", "agent.gamma=high", "progress=false"]
+    monkeypatch.setattr(sys, "argv", ["train_agent.py", *words])
+    with pytest.raises(SystemExit):
+        train_agent.main()
+    assert "agent.gamma must be a number, got 'high'" in capsys.readouterr().err
