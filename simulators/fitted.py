@@ -250,7 +250,13 @@ class FittedSimulator:
         if opinions.shape[2] == 1:
             return torch.zeros_like(theta)  # one fit has no opinion of its own error
         change = torch.where(own == -torch.inf, 0.0, theta - own) + self.exposure  # (B, K)
-        return (opinions + change[:, :, None]).sigmoid().std(dim=2)
+        chance = (opinions + change[:, :, None]).sigmoid()  # (B, K, M)
+        members = chance.shape[2]
+        # `std` over so short a dimension takes five times as long
+        off = chance - chance[:, :, :1]
+        ones = torch.ones(members, device=chance.device)
+        square = off.square() @ ones - (off @ ones).square() / members  # (B, K)
+        return (square.clamp_min(0.0) / (members - 1)).sqrt()
 
     def _theta(self, state: UserState, slate: Tensor, theta: Tensor) -> Tensor:
         """Logits (B, K) of buying now, unshown, given those of an empty basket."""
