@@ -16,7 +16,7 @@ from simulators.catalog import finest_categories
 from simulators.habits import Habits, learn_habits
 from simulators.preference import ItemFacts, Preference, item_to_item
 from simulators.trips import Trips, trips_from_logs
-from simulators.visits import lines_of
+from simulators.visits import Lines, lines_of
 from sources.cache import cached
 from sources.logs import Logs
 
@@ -55,32 +55,28 @@ def item_facts(
     )
 
 
-def usual_rate(logs: Logs, catalog: Catalog, trips: Trips, weight: pd.Series) -> Tensor:
+def usual_rate(lines: Lines, trips: Trips, weight: pd.Series, n: int) -> Tensor:
     """Log share (N,) of the trips that buy an item: of a window, with some of the whole past.
 
-    So that what was out of season all through the window is not thought gone.
+    So that what was out of season all through the window is not thought gone. `lines` are those of
+    the users that `weight` (users,) is of, in its order.
     """
     heavy = weight.loc[trips.user].to_numpy(np.float64)  # (n,)
-    n = len(catalog)
     sold = np.bincount(trips.bought, np.repeat(heavy, np.diff(trips.pointer)), minlength=n)
-    lines = lines_of(logs, catalog.ids, weight.index.to_numpy())
     ever = np.bincount(lines.item, weight.to_numpy(np.float64)[lines.user], minlength=n)
     mixed = (1 - SEASONS) * sold + SEASONS * ever * sold.sum() / max(ever.sum(), 1.0)
     return torch.from_numpy(np.log((mixed + 0.5) / heavy.sum())).float()
 
 
 def trends(
-    logs: Logs, catalog: Catalog, log_rate: Tensor, since: float, weight: pd.Series
+    lines: Lines, log_rate: Tensor, since: float, until: float, weight: pd.Series
 ) -> tuple[Tensor, Tensor]:
     """How much more than usual each item was bought in the LATE days before each week, (W, N) logs.
 
     Usual is its share `log_rate` (N,) of all purchases. Rows are a week apart from day `since` on,
-    the last is the catalogue's cut: nothing later is known. Also the first and last moment (2,).
+    the last is `until`: nothing later is known. Also the first and last moment (2,).
     """
-    until = catalog.as_of
     moments = np.append(np.arange(since, until, 7.0), until)  # (W,)
-    users = weight.index.to_numpy()
-    lines = lines_of(logs.since(moment(since - LATE)), catalog.ids, users)
     order = np.argsort(lines.time, kind="stable")
     time, item = lines.time[order], lines.item[order]
     heavy = weight.to_numpy(np.float64)[lines.user[order]]
@@ -158,9 +154,10 @@ def fit_model(
     times = rng.multinomial(size, np.full(size, 1 / size)) if bootstrap else np.ones(size, np.int64)
     drawn = pd.Series(times, index=households)
     weight = drawn.loc[trips.user].to_numpy(np.float64)  # (n,)
-    log_rate = usual_rate(logs, catalog, trips, drawn)
+    lines = lines_of(logs, catalog.ids, households)
+    log_rate = usual_rate(lines, trips, drawn, len(catalog))
     draw = drawn if bootstrap else None
-    trend = trends(logs, catalog, log_rate, since, drawn)
+    trend = trends(lines, log_rate, since, catalog.as_of, drawn)
     preference = learn(trips, weight, item_facts(past, catalog, log_rate, draw, trend))
     # From here on the model serves users after the window: item-to-item weights of all the past.
     preference.renew(item_facts(logs, catalog, log_rate, draw, trend))

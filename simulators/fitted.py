@@ -116,7 +116,7 @@ class FittedSimulator:
         spec: SimSpec,
         *,
         window: float = 150.0,
-        epochs: int = 6,
+        epochs: int = 4,
         hidden: int = 32,
         members: int = 5,
         **assumed: Any,

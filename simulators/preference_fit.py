@@ -18,7 +18,7 @@ def fit_preference(
     weight: np.ndarray,
     before: ItemFacts,
     *,
-    epochs: int = 6,
+    epochs: int = 4,
     hidden: int = 32,
     members: int = 5,
     lr: float = 4e-3,

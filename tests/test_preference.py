@@ -23,6 +23,7 @@ from simulators.preference import (
 )
 from simulators.preference_fit import fit_preference, resampled, sample_pairs
 from simulators.trips import trips_from_logs
+from simulators.visits import lines_of
 
 
 @pytest.fixture(scope="module")
@@ -281,8 +282,9 @@ def test_a_trend_is_what_was_bought_of_late_over_the_usual(shop, shelf):
     users = pd.Series(1, index=np.unique(past.events["user"]))
     since = shelf.as_of - 40.0
     trips = trips_from_logs(past, shelf.ids)
-    rate = usual_rate(past, shelf, trips, users)
-    table, span = trends(past, shelf, rate, since, users)
+    lines = lines_of(past, shelf.ids, users.index.to_numpy())
+    rate = usual_rate(lines, trips, users, 60)
+    table, span = trends(lines, rate, since, shelf.as_of, users)
     assert table.shape == (7, 60)  # six weeks begun, and the cut
     assert span.tolist() == [since, shelf.as_of]
     times = trips.time[np.repeat(np.arange(len(trips)), np.diff(trips.pointer))]
@@ -293,7 +295,8 @@ def test_a_trend_is_what_was_bought_of_late_over_the_usual(shop, shelf):
         expected = np.log((seen + 5) / (len(late) * share + 5))
         np.testing.assert_allclose(table[row].numpy(), expected, rtol=1e-4, atol=1e-5)
     later = after_cut_replaced(shop, moment(since + 14)).before(moment(shelf.as_of))
-    early = trends(later, shelf, rate, since, users)[0][:3]
+    lines = lines_of(later, shelf.ids, users.index.to_numpy())
+    early = trends(lines, rate, since, shelf.as_of, users)[0][:3]
     assert torch.equal(early, table[:3])  # what came later says nothing
 
 
@@ -336,7 +339,8 @@ def test_an_item_out_of_season_all_through_the_window_is_not_thought_gone(shop, 
     without = replace(past, events=past.events[~gone].reset_index(drop=True))
     trips = trips_from_logs(without, shelf.ids, since=shelf.as_of - 60.0)
     users = pd.Series(1, index=np.unique(without.events["user"]))
-    rate = usual_rate(without, shelf, trips, users).exp()
+    lines = lines_of(without, shelf.ids, users.index.to_numpy())
+    rate = usual_rate(lines, trips, users, 60).exp()
     assert not (trips.bought == 0).any()
     ever = (without.events["item"] == shelf.ids[0]).sum() / without.events["item"].isin(
         shelf.ids
