@@ -14,6 +14,7 @@ from simulators.verdicts import count_line
 LOGS = ("spend", "gap", "repeat_age", "price")  # features that are logarithms
 CURVES = ("size", "spend", "gap", "hour", "repeat_age", "price")
 MARKS = {True: "● pass", False: "◆ FAIL", None: "■ too few"}
+STYLE = "td:first-child { white-space: nowrap; } td:last-child { white-space: normal; }"
 DECILES = {
     "observed_over_predicted_deciles": "bought / predicted, by decile of prediction",
     "activity_deciles": "bought / predicted, by decile of activity",
@@ -50,6 +51,7 @@ def page(env_name: str, checks: list[Check], more: dict[str, Any]) -> str:
         + section("Curves", '<figure><img src="gate.png" alt="real and simulated curves, and '
                             'calibration" style="max-width:100%"></figure>')
         + segments_section(more) + sensitivity_section(more) + judge_section(more),
+        STYLE,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from simulators.trips import Trips
 
 DECAY = 60.0  # days in which a purchase loses all but 1/e of its weight, in decayed own counts
 CHUNK = 512  # trips scored at once
+LITTLE = 0.02  # log loss below the per-item rate; users with less are little more than popularity
 QUANTILES = 100  # of the predictions, for the calibration error
 
 
@@ -189,6 +190,12 @@ def lines(figures: dict[str, Any]) -> list[str]:
         f"({f['base_rate']:.4f})",
         f"  log loss: {100 * f['log_loss_reduction']:.1f} % below the per-item rate",
     ]
+    if f["log_loss_reduction"] < LITTLE:
+        text.append(
+            "  warning: that is hardly better than knowing how often each item is bought; what agents "
+            "learn of single users here means little: a longer log, more users or a smaller catalogue "
+            "would help"
+        )
     for mode, title in (("repeats", "all items"), ("new", "items new to the household")):
         gain = f[f"hit10_{mode}_gain"]
         hits = ", ".join(f"{name} {value:.3f}" for name, value in f[f"hit10_{mode}"].items())

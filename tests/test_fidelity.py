@@ -161,6 +161,8 @@ def test_a_model_fitted_to_the_synthetic_shop_passes_its_gate(fitted, held_out):
     text = "\n".join(lines(figures))
     assert f"held out: {len(trips)} trips" in text
     assert f"{figures['hit10_repeats']['own counts']:.3f}" in text
+    assert "hardly better" not in text
+    assert "hardly better" in "\n".join(lines(figures | {"log_loss_reduction": -0.1}))
 
 
 def test_nothing_held_out_or_nothing_bought_is_refused(fitted, held_out):
