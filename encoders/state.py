@@ -59,14 +59,15 @@ def remember(
     for m in range(bought.shape[1]):  # M is a trip's purchases: few
         item = bought[:, m]  # (B,)
         real = (item != EMPTY) & ~(bought[:, :m] == item[:, None]).any(dim=1)  # (B,)
-        known = past == item[:, None]  # (B, H)
-        free = torch.where(past == EMPTY, torch.inf, age)  # (B, H) empty first, then the oldest
+        rows = real.nonzero().squeeze(1)  # (R,) most trips are shorter than the longest
+        item, then = item[rows], past[rows]  # (R,), (R, H)
+        known = then == item[:, None]  # (R, H)
+        # empty places first, then the oldest
+        free = torch.where(then == EMPTY, torch.inf, age[rows])  # (R, H)
         place = torch.where(known.any(dim=1), known.int().argmax(dim=1), free.argmax(dim=1))
-        rows = real.nonzero().squeeze(1)
-        place = place[rows]
-        old = known[rows, place]  # (R,)
+        old = known[torch.arange(len(rows), device=rows.device), place]  # (R,)
         count[rows, place] = torch.where(old, count[rows, place], 0.0) + 1.0
-        past[rows, place] = item[rows]
+        past[rows, place] = item
         age[rows, place] = elapsed[rows].to(age.dtype)
     return past, count, age
 

@@ -30,8 +30,7 @@ from omegaconf import DictConfig
 
 from envs.recommend import RecommendVectorEnv
 from experiments.run_folder import write_json
-from simulators.base import SimSpec
-from simulators.worlds import TinyWorld
+from simulators.base import UserSimulator
 
 POOL = 32  # random slates drawn before the clock starts, shown in turn
 WARM_UP = 20  # steps nobody times: rows desynchronise, so that users leave at every step
@@ -50,11 +49,17 @@ def main(cfg: DictConfig) -> None:
 
 
 def bench_env(cfg: DictConfig) -> list[dict[str, Any]]:
-    """User-slates per CPU-second of an environment that is shown random slates.
+    """User-slates per CPU-second of an environment that is shown random slates, by its users.
 
     Included: observations as ids, draws, answers, rewards, and new users where old ones leave.
     """
-    world = TinyWorld(SimSpec(None, None, seed=cfg.seed), items=cfg["items"], dim=cfg.dim)
+    from experiments import env_speed
+
+    return [env_row(cfg, name, world) for name, world in env_speed.worlds(cfg).items()]
+
+
+def env_row(cfg: DictConfig, name: str, world: UserSimulator) -> dict[str, Any]:
+    """The row of one kind of users."""
     env = RecommendVectorEnv(
         world, num_envs=cfg.users, slate_size=cfg.slate_size, max_steps=cfg.max_steps,
         observation="ids", output="torch", seed=cfg.seed,
@@ -70,10 +75,10 @@ def bench_env(cfg: DictConfig) -> list[dict[str, Any]]:
         for _ in range(repeats_of(cfg))
     ]
     case = (
-        f"RecommendVectorEnv, {cfg.users} users, {cfg['items']} items, slate {cfg.slate_size}, "
-        f"random slates, {cfg.threads} thread{'s' * (cfg.threads > 1)}"
+        f"RecommendVectorEnv, {name}, {cfg.users} users, {cfg['items']} items, "
+        f"slate {cfg.slate_size}, random slates, {cfg.threads} thread{'s' * (cfg.threads > 1)}"
     )
-    return [summary("env", case, rates, "user-slates per CPU-second")]
+    return summary("env", case, rates, "user-slates per CPU-second")
 
 
 def bench_ope_accuracy(cfg: DictConfig) -> list[dict[str, Any]]:

@@ -192,9 +192,9 @@ def lines(figures: dict[str, Any]) -> list[str]:
     ]
     if f["log_loss_reduction"] < LITTLE:
         text.append(
-            "  warning: that is hardly better than knowing how often each item is bought; what agents "
-            "learn of single users here means little: a longer log, more users or a smaller catalogue "
-            "would help"
+            "  warning: that is hardly better than knowing how often each item is bought; what "
+            "agents learn of single users here means little: a longer log, more users or a smaller "
+            "catalogue would help"
         )
     for mode, title in (("repeats", "all items"), ("new", "items new to the household")):
         gain = f[f"hit10_{mode}_gain"]

@@ -10,7 +10,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from experiments import bench, cli
+from encoders.state import EMPTY
+from experiments import bench, cli, env_speed
+from simulators.fitted import Assumptions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,20 +32,35 @@ def run(*words: str) -> "subprocess.CompletedProcess[str]":
 
 def test_the_table_has_a_row_with_median_and_spread(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    done = run("bench=env", "users=64", "seconds=.1", "repeats=3", f"out={out}")
+    done = run(
+        "bench=env", "users=64", "items=60", "max_steps=6", "seconds=.1", "repeats=3", f"out={out}"
+    )
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads(out.read_text())
-    assert set(row) == {"bench", "case", "product", "unit", "min", "max", "repeats"}
-    assert (row["bench"], row["unit"]) == ("env", "user-slates per CPU-second")
-    assert "64 users, 1000 items, slate 10" in row["case"]
-    assert 0 < row["min"] <= row["product"] <= row["max"]
-    assert f"{row['product']:,.0f}" in done.stdout
+    rows = json.loads(out.read_text())
+    for row, users in zip(rows, ["TinyWorld", "fitted users, everything on"], strict=True):
+        assert set(row) == {"bench", "case", "product", "unit", "min", "max", "repeats"}
+        assert (row["bench"], row["unit"]) == ("env", "user-slates per CPU-second")
+        assert f"{users}, 64 users, 60 items, slate 10" in row["case"]
+        assert 0 < row["min"] <= row["product"] <= row["max"]
+        assert f"{row['product']:,.0f}" in done.stdout
 
 
 def test_every_step_counts_all_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "calls_per_second", lambda call, seconds: call() and 7.0)
-    (row,) = bench.bench_env(config("users=8", "items=60", "slate_size=2", "repeats=2"))
-    assert row["product"] == 7.0 * 8
+    rows = bench.bench_env(config("users=8", "items=60", "slate_size=2", "repeats=2"))
+    assert [row["product"] for row in rows] == [7.0 * 8] * 2
+
+
+def test_fitted_users_do_all_they_can() -> None:
+    users = env_speed.fitted(config("items=60"))
+    off = Assumptions()
+    for name in ("trips", "drift", "exposure", "position"):
+        assert getattr(users.assumed, name) > getattr(off, name)
+    assert users.assumed.patience > 0
+    assert users.company is not None  # both from the log: it has baskets and trips enough
+    assert users.habits.returns is not None
+    assert users.preference.bias.shape[1] > 1  # members
+    assert (users.users.past[:, 0] != EMPTY).float().mean() > 0.9
 
 
 def test_time_is_that_of_the_processor() -> None:

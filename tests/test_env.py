@@ -220,10 +220,10 @@ def test_a_new_trip_forgets_what_was_shown_and_remembers_what_was_bought():
         last = info.get("final_obs", after)
         moved = (info["response"].elapsed > 0) & ~(terminated | truncated)
         bought = before.feedback[:, :, 0].sum(1) + info["response"].chosen["buy"].sum(1)
-        assert torch.equal(
-            last.past_count.sum(1)[moved], (before.past_count.sum(1) + bought)[moved]
-        )
+        expected = before.past_count.sum(1) + bought
+        assert torch.equal(last.past_count.sum(1)[moved], expected[moved])
         assert (after.history[moved] == EMPTY).all()
+        assert not env.board[moved, :-1].any()  # what was shown may be shown anew
         assert torch.allclose(env.time[moved], (time + info["response"].elapsed)[moved])
         assert torch.equal(after.context[moved], calendar(env.time[moved]))
         still = ~(moved | terminated | truncated)

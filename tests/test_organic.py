@@ -206,8 +206,6 @@ def test_nobody_comes_before_the_walk_begins_or_after_its_end(living, shop, shel
     lines, users, _, day = on_foot(late, shop, shelf, seed=3)
     assert float(users.start.min()) == day <= lines.time.min() < day + 1.5
     assert day + 28.5 < lines.time.max() < day + 30
-    hours = [((x.time % 1) * 24).mean() for x in (lines, on_foot(living, shop, shelf, seed=3)[0])]
-    assert hours[0] != pytest.approx(hours[1], abs=0.5)  # living's dawn is another
 
 
 def test_what_a_visit_is_for_is_heeded(living, shop, shelf):
