@@ -69,6 +69,12 @@ def _read_table(path: Path) -> Rule:
             f"excluded: {path} must have a column item or a column category, and user where the "
             f"rule is not for everybody, got {[str(c) for c in table]}: rename the columns"
         )
+    others = [str(c) for c in table if c not in columns]
+    if "user" not in table and others:  # a user by another name would be a rule for everybody
+        raise ValueError(
+            f"excluded: {path} has the column {columns[0]} and {others}, none of them user: call "
+            "the column of users user, or leave the others out if the rule is for everybody"
+        )
     if not len(table):
         raise ValueError(f"excluded: {path} has no lines: leave it out where there is no rule")
     named = [*columns, *(["user"] if "user" in table else [])]
@@ -192,6 +198,8 @@ class Excluded:
 
 def among(slate: Tensor, excluded: Tensor) -> Tensor:
     """Which slots (B, K) hold one of the row's `excluded` (B, W), ascending."""
+    if not excluded.shape[1]:  # none of these users has a rule
+        return torch.zeros_like(slate, dtype=torch.bool)
     place = torch.searchsorted(excluded, slate).clamp(max=excluded.shape[1] - 1)  # (B, K)
     return (excluded.gather(1, place) == slate) & (slate != EMPTY)
 

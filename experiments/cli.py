@@ -3,6 +3,7 @@
 import difflib
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,6 +198,13 @@ def plain_errors() -> Iterator[None]:
             why = error.__cause__
             because = f" ({why})" if why is not None and str(why) not in said else ""
             fail(f"{said}{because}: is the name right, and its folder on PYTHONPATH?")
+        if made and not isinstance(cause, ValueError | TypeError | OSError):
+            step = traceback.extract_tb(cause.__traceback__)[-1]
+            target = str(error).partition("'")[2].partition("'")[0]
+            fail(
+                f"{target} failed with {type(cause).__name__}: {cause}, in {step.filename} line "
+                f"{step.lineno} ({step.line}): look at the values it is given in its yaml"
+            )
         if not isinstance(cause, ValueError | TypeError | OSError):
             raise
         if isinstance(cause, TypeError) and cause is error:

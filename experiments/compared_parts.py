@@ -13,6 +13,7 @@ from encoders.state import EMPTY
 from evaluation.compared import POWER, claim, over_seeds, per_arm
 from evaluation.ranking import Ranking, evaluate
 from experiments.compared_play import (
+    FROM_LOG,
     ORACLE,
     Played,
     Stranger,
@@ -31,7 +32,7 @@ CATEGORIES = 8  # that exposure is told of; the others together
 THIRDS = ("head: a third of sales", "middle: a third of sales", "tail: a third of sales")
 MEANING = {
     "patience": "probability to leave after a slate with nothing bought",
-    "satiation": "how much a purchase lowers the wish for others of its category",
+    "satiation": "how a purchase changes the wish for others; a number: lowers it for its category",
     "drift": "how much a purchase moves the user's taste",
     "exposure": "what being shown adds to the logit of buying",
     "position": "what each slot further down takes from the logit",
@@ -311,8 +312,13 @@ def assumed(cfg: DictConfig, worlds: Worlds) -> Rows:
             continue
         value = config[name]
         fitted = value is None
-        value = getattr(worlds.test[0], name, None) if fitted else value
+        found = getattr(worlds.test[0], name, None)
+        value = found if fitted else value
         said = f"{value:.3g}" if isinstance(value, float) else str(value)
+        if value is None:
+            said = FROM_LOG
+        elif isinstance(value, str) and isinstance(found, float):  # a word for what was measured
+            said = f"{value} ({found:.3g})"
         off = "" if fitted or value else ", off"
         rows.append({"name": name, "value": f"{said}{off}", "what": meaning,
                      "kind": "fitted" if fitted else "assumed"})  # fmt: skip

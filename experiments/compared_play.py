@@ -30,6 +30,7 @@ from simulators.base import UserSimulator
 
 ORACLE = "oracle"
 CHANCES = ("patience",)  # assumptions that are probabilities
+FROM_LOG = "from the log"  # said of what was fitted and has not one size
 
 
 @dataclass(frozen=True)
@@ -195,17 +196,20 @@ class Variant:
 def variants(cfg: DictConfig, simulator: UserSimulator) -> list[Variant]:
     """Half and double of each assumption that the simulator names, and other ways to choose.
 
-    An assumption that is off is tried at a size from the configuration, and at half of it.
+    One that is off is tried at a size from the configuration, and at half of it; one that is no
+    number, such as exposure=display or what baskets of the log say of satiation, is tried off.
     """
     found = []
     for name in cfg.assumptions:
         if name not in cfg.env.simulator:
             continue
-        now = cfg.env.simulator[name]
-        now = getattr(simulator, name, 0.0) if now is None else now  # null: fitted to the log
+        given = cfg.env.simulator[name]
+        now = getattr(simulator, name, None) if given is None else given  # null: fitted to the log
         if name == "position" and cfg.env.session.slate_size == 1:
             continue  # there is no slot further down
-        if now:
+        if not isinstance(now, int | float):  # of a word, or of fitted parts, there is no half
+            sizes = {f"off (is {FROM_LOG if now is None else now})": 0.0}
+        elif now:
             twice = min(now * 2, 1.0) if name in CHANCES else now * 2
             sizes = {f"half ({now / 2:.3g})": now / 2, f"double ({twice:.3g})": twice}
         else:

@@ -196,3 +196,19 @@ def test_a_target_that_the_yaml_does_not_have_is_refused(
     conf: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "env._target_: there is no such key" in refusal(["env._target_=mine.Shop"], conf, capsys)
+
+
+def failing(**_):
+    return 1 / 0
+
+
+def test_a_plug_in_that_raises_is_told_with_its_line(capsys):
+    from hydra.utils import instantiate
+
+    with pytest.raises(SystemExit) as stop, cli.plain_errors():
+        instantiate({"_target_": f"{__name__}.failing", "classes": 0})
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "failing failed with ZeroDivisionError: division by zero" in said
+    assert "return 1 / 0" in said
+    assert "test_cli.py line" in said

@@ -63,6 +63,41 @@ def test_each_assumption_that_is_off_is_tried_on() -> None:
     assert ("position", "half (0)") not in found
 
 
+def fitted_shop(**given):
+    """A configuration of users fitted to a log, and what such a simulator says of itself."""
+    cfg, worlds = tiny()
+    assumed = {"patience": 0.1, "satiation": None, "drift": 0.0, "exposure": 0.0, "position": 0.0}
+    cfg.env.simulator = {**assumed, "choice": "logit", **given}
+    return cfg, worlds
+
+
+def test_what_is_no_number_is_tried_off_and_named_for_what_it_is() -> None:
+    cfg, _ = fitted_shop(exposure="display")
+    baskets = SimpleNamespace(satiation=None, exposure=0.27)
+    found = {(v.assumption, v.label): v.value for v in variants(cfg, baskets)}
+    assert {k: v for k, v in found.items() if k[0] in ("satiation", "exposure")} == {
+        ("satiation", "off (is from the log)"): 0.0,
+        ("exposure", "off (is display)"): 0.0,
+    }
+    assert found["patience", "double (0.2)"] == pytest.approx(0.2)
+    one_number = SimpleNamespace(satiation=0.3, exposure=0.27)  # baskets were too few
+    found = {(v.assumption, v.label): v.value for v in variants(cfg, one_number)}
+    assert found["satiation", "half (0.15)"] == pytest.approx(0.15)
+    assert ("satiation", "off (is from the log)") not in found
+
+
+def test_what_the_log_says_and_what_was_measured_is_listed_as_that() -> None:
+    cfg, worlds = fitted_shop(exposure="display")
+    baskets = SimpleNamespace(satiation=None, exposure=0.27)
+    found = {row["name"]: row for row in assumed(cfg, replace(worlds, test=[baskets]))}
+    assert (found["satiation"]["value"], found["satiation"]["kind"]) == ("from the log", "fitted")
+    assert found["exposure"]["value"] == "display (0.27)"
+    assert found["exposure"]["kind"] == "assumed"
+    number = SimpleNamespace(satiation=0.3, exposure=0.27)
+    found = {row["name"]: row for row in assumed(cfg, replace(worlds, test=[number]))}
+    assert found["satiation"]["value"] == "0.3"
+
+
 def test_patience_that_doubles_shortens_sessions() -> None:
     from agents.random import Random
     from experiments.compared_play import Variant, simulators_with

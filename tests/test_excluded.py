@@ -282,6 +282,11 @@ def test_a_table_that_is_no_rule_is_refused(text, message, table):
         read_rules(table(text))
 
 
+def test_users_by_another_name_are_no_rule_for_everybody(table):
+    with pytest.raises(ValueError, match=r"column item and \['person'\], none of them user"):
+        read_rules(table("person,item\n1,2\n"))
+
+
 def test_a_missing_file_no_list_and_nothing_are_refused():
     with pytest.raises(ValueError, match=r"nowhere.csv does not exist"):
         read_rules("nowhere.csv")
@@ -347,3 +352,9 @@ def test_the_configuration_takes_a_rule_and_says_how_much_it_is(table):
         prepare(config(excluded=table("user,item\n4000,7\n")), "cpu")
     assert make_env(config(), worlds.train, num_envs=4, seed=0).excluded is None
     assert isinstance(worlds.events, Interactions)
+
+
+def test_where_nobody_has_a_rule_nothing_is_forbidden():
+    """As in the half of the users that a table does not name."""
+    slate = torch.tensor([[0, 1, EMPTY], [2, 2, 2]])
+    assert not among(slate, torch.empty(2, 0, dtype=torch.int64)).any()
