@@ -9,6 +9,7 @@ from tqdm import tqdm
 from simulators.preference import ItemFacts, Preference, bought_board, describe_trips
 from simulators.trips import Trips
 
+NEVER = 1e30  # the spread of what does not vary
 BATCH, STEPS = 8192, 20  # pairs in a step of the optimiser at most, steps in an epoch at least
 PAST_KEPT, FRESH = 0.3, 48  # share of not bought past items, number of new items, per trip sampled
 
@@ -36,7 +37,7 @@ def fit_preference(
     rows = [x[order] for x in rows]  # shuffled once: slices are cheap, random rows are not
     model.user_mean.copy_(features.mean(dim=0))
     spread = features.std(dim=0)
-    model.user_scale.copy_(torch.where(spread > 1e-3, spread, torch.inf))
+    model.user_scale.copy_(torch.where(spread > 1e-3, spread, NEVER))
     features = model.standard(features)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     scale = len(order) / float(weight.sum())  # the loss is per trip

@@ -369,3 +369,25 @@ def test_a_small_log_gets_its_steps(facts, window):
     fit = fit_preference(few, np.ones(40), flat, epochs=6, hidden=8)
     theta = fit.logits(describe_trips(fit, few))
     assert float(theta.sigmoid().sum()) == pytest.approx(len(few.bought), rel=0.15)
+
+
+def test_what_never_varied_in_the_fit_says_nothing_of_others(facts, window):
+    """A country that nobody came from, or a number beyond all that was seen."""
+    profile = np.concatenate([window.profile, np.ones((len(window), 1), np.float32)], axis=1)
+    constant = replace(window, profile=profile)
+    fit = fit_preference(constant, np.ones(len(window)), facts, epochs=2, hidden=8)
+    elsewhere = profile.copy()
+    elsewhere[:, -1] = 1e6
+    one, other = (
+        fit.logits(describe_trips(fit, replace(constant, profile=p)[np.arange(50)]))
+        for p in (profile, elsewhere)
+    )
+    torch.testing.assert_close(one, other)
+    far, further = profile.copy(), profile.copy()
+    far[:, 3] += 1e3
+    further[:, 3] += 1e6
+    one, other = (
+        fit.logits(describe_trips(fit, replace(constant, profile=p)[np.arange(50)]))
+        for p in (far, further)
+    )
+    torch.testing.assert_close(one, other)
