@@ -41,7 +41,7 @@ def check_pessimism(pessimism: float) -> None:
     number = isinstance(pessimism, int | float) and not isinstance(pessimism, bool)
     if not number or not 0.0 <= pessimism < float("inf"):
         raise ValueError(
-            f"pessimism must be a finite number of at least 0 (0: off), got {pessimism!r}"
+            f"env.pessimism must be a finite number of at least 0 (0: off), got {pessimism!r}"
         )
 
 

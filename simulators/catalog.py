@@ -36,7 +36,7 @@ def catalog_from_logs(
     Chosen, counted and encoded from events before the cut only. Made once per log and options.
     """
     if size < 2 or dim < 2:
-        raise ValueError(f"catalog size and dim must be at least 2, got size={size}, dim={dim}")
+        raise ValueError(f"env.catalog.size and dim must be at least 2, got size={size}, dim={dim}")
     as_of = logs.cut(cut)
     past = logs.before(as_of)
     key = f"catalog {FORMAT} {past.fingerprint()} {size} {as_of} {dim} {model} {seed}"

@@ -49,7 +49,8 @@ def require_columns(frame: pd.DataFrame, columns: Sequence[str], table: str, why
             have = [str(c) for c in frame.columns]
             raise ValueError(
                 f"{table} lacks the column '{column}'{f' ({why})' if why else ''}, it has {have}: "
-                f"rename the column that means it.{closest(column, have)}"
+                f"rename the column that means it (in a yaml: {table}.columns: "
+                f"{{{column}: ITS NAME IN THE FILE}}).{closest(column, have)}"
             )
 
 

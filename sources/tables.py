@@ -65,7 +65,10 @@ def load(config: str | Path | None, *, cache_dir: str | Path | None = None) -> L
     for table in ("events", "items", "users", "relations"):
         for file in _files(about.get(table, {}), path):
             if not file.is_file():
-                raise ValueError(f"{path}: {table}.file is {file}, which does not exist")
+                raise ValueError(
+                    f"{path}: {table}.file is {file}, which does not exist: a path in the yaml is "
+                    "relative to the yaml's own folder"
+                )
             stat = file.stat()
             stamp.append([str(file.resolve()), stat.st_size, stat.st_mtime_ns])
     key = hashlib.sha256(json.dumps(stamp, default=str).encode()).hexdigest()
@@ -87,8 +90,16 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist: expected a yaml that describes your tables")
     try:
         about = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not yaml: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not yaml: {str(error)[:300]}; expected is a file like that of "
+            "docs/your_own_logs.md"
+        ) from None
+    if not isinstance(about, dict):
+        raise ValueError(
+            f"{path} must be a mapping that describes your tables (docs/your_own_logs.md), it "
+            f"begins with {path.read_text()[:60]!r}: is it one of the tables?"
+        )
     _check_keys(about, KEYS[""], str(path))
     for part in ("events", "items", "users", "relations", "roles"):
         if part in about:

@@ -90,7 +90,7 @@ def test_ids_become_numbers_only_if_they_are_in_every_table(shop):
         ({"events__keep": {"qty": {"mni": 1}}}, "keep.qty has the unknown key 'mni'.*'min'"),
         ({"events__keep": {"qnt": {"min": 1}}}, "lacks the column 'qnt'.*keep.*Did you mean 'qty'"),
         ({"events__columns__user": "custmer"}, "lacks the column 'custmer'.*user.*mean 'customer'"),
-        ({"events__file": "sale.csv"}, "sale.csv, which does not exist"),
+        ({"events__file": "sale.csv"}, "sale.csv, which does not exist: a path in the yaml is relative"),
         ({"events__columns": {"item": "sku"}}, "says no behaviour: map a column"),
         ({"events__time_format": "%Y-%m-%d"}, r"like %Y-%m-%d, cannot read 5 of 5 rows"),
         ({"events__time_unit": "s"}, "both time_format and time_unit"),
@@ -116,6 +116,7 @@ def test_a_missing_or_malformed_yaml_is_refused(tmp_path):
     for text, message in (
         ("events: [", "is not yaml"),
         ("- 1", "must be a mapping"),
+        ("when,card\n1,2\n", "it begins with 'when,card.*is it one of the tables"),
         ("name: x", "'events'"),
     ):
         (tmp_path / "bad.yaml").write_text(text)
