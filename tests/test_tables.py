@@ -90,7 +90,10 @@ def test_ids_become_numbers_only_if_they_are_in_every_table(shop):
         ({"events__keep": {"qty": {"mni": 1}}}, "keep.qty has the unknown key 'mni'.*'min'"),
         ({"events__keep": {"qnt": {"min": 1}}}, "lacks the column 'qnt'.*keep.*Did you mean 'qty'"),
         ({"events__columns__user": "custmer"}, "lacks the column 'custmer'.*user.*mean 'customer'"),
-        ({"events__file": "sale.csv"}, "sale.csv, which does not exist: a path in the yaml is relative"),
+        (
+            {"events__file": "sale.csv"},
+            "sale.csv, which does not exist: a path in the yaml is relative",
+        ),
         ({"events__columns": {"item": "sku"}}, "says no behaviour: map a column"),
         ({"events__time_format": "%Y-%m-%d"}, r"like %Y-%m-%d, cannot read 5 of 5 rows"),
         ({"events__time_unit": "s"}, "both time_format and time_unit"),
