@@ -72,8 +72,8 @@ class Logs:
         if unknown:
             raise ValueError(
                 f"{name}: purchases {unknown} never occur, behaviours are "
-                f"{list(events['behaviour'].cat.categories)}: name those meant, purchases=(...), or "
-                "purchases: [...] in a yaml"
+                f"{list(events['behaviour'].cat.categories)}: name those meant, "
+                "purchases=(...), or purchases: [...] in a yaml"
             )
         items = one_row_per_id(items, events, "item", roles.item_category, roles.item_number)
         users = one_row_per_id(users, events, "user", roles.user_category, roles.user_number)
