@@ -13,9 +13,28 @@ CONF = Path(__file__).resolve().parents[1] / "experiments" / "conf"
 YAMLS = sorted([*CONF.glob("env/*.yaml"), *CONF.glob("agent/*.yaml"), *CONF.glob("data/*.yaml")])
 
 
+def numbers(part, place=()):
+    """Places of a yaml whose target declares them as numbers and nothing else."""
+    kinds = declared(part["_target_"]) if "_target_" in part else {}
+    for key, value in part.items():
+        if isinstance(value, dict):
+            yield from numbers(value, (*place, key))
+        elif kinds.get(key) and not set(kinds[key]) & {str, bool}:
+            yield ".".join((*place, key))
+
+
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_the_yamls_of_the_repository_are_of_the_kinds_that_the_code_declares(path):
-    refuse_words(OmegaConf.load(path), path.parent.name)
+def test_every_yaml_of_ours_passes_and_a_word_for_any_of_its_numbers_does_not(path):
+    config = OmegaConf.load(path)
+    refuse_words(config, path.parent.name)  # as it stands: no error
+    places = list(numbers(OmegaConf.to_container(config)))
+    for place in places:
+        wrong = config.copy()
+        OmegaConf.update(wrong, place, "word")
+        with pytest.raises(ValueError, match=rf"{path.parent.name}\.{place} must be .*'word'"):
+            refuse_words(wrong, path.parent.name)
+    if path.parent.name == "env" and path.stem != "gym":
+        assert len(places) > 3
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ from itertools import combinations
 
 import pytest
 import torch
+import toys
 
-from agents.base import AgentSpec, Decision, Transition
+from agents.base import Decision, Transition
 from agents.slateq import SlateQ, independent_loss, logit_loss, taken_of
 from agents.testing import check_agent, synthetic_observation, synthetic_spec, synthetic_steps
-from encoders.state import EMPTY, Observation
+from encoders.state import EMPTY
 
 STATES = 2
 LOGITS = torch.tensor([1.0, 0.5, 0.0, -1.0])  # of four items, whatever the state
@@ -19,35 +20,12 @@ GAMMA = 0.9
 
 
 def toy_spec(items=4, slate_size=2, seed=0):
-    """States are one-hot profiles, items one-hot vectors."""
-    return AgentSpec(
-        num_items=items,
-        slate_size=slate_size,
-        item_vectors=torch.eye(items),
-        category=torch.zeros(items, dtype=torch.int64),
-        popularity=torch.ones(items),
-        interactions=None,
-        profile_size=STATES,
-        past_size=1,
-        history_size=1,
-        feedback_size=1,
-        context_size=0,
-        seed=seed,
-    )
+    return toys.toy_spec(items, STATES, slate_size, seed)
 
 
 def toy_obs(state):
-    b = len(state)
-    none = torch.full((b, 1), EMPTY)
-    return Observation(
-        profile=torch.nn.functional.one_hot(state, STATES).float(),
-        past=none,
-        past_count=torch.zeros(b, 1),
-        past_age=torch.zeros(b, 1),
-        history=none,
-        feedback=torch.zeros(b, 1, 1),
-        context=torch.zeros(b, 0),
-    )
+    """States (B,) as one-hot profiles; nothing else is seen."""
+    return toys.toy_obs(torch.nn.functional.one_hot(state, STATES).float())
 
 
 def step_of(state, slate, chosen, slot_reward, later, terminated, truncated=None):
