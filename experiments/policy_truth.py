@@ -62,6 +62,11 @@ def main(cfg: DictConfig) -> None:
 
 def check_settings(cfg: DictConfig) -> None:
     """Refuse what cannot be played before the work."""
+    if cfg.env.get("data") is not None:
+        raise ValueError(
+            f"env={cfg.env_name} has a log, so its truth is not known: policy_truth.py makes logs "
+            "of synthetic worlds (env=tiny); check_simulator.py holds users against a real one"
+        )
     for name, least in (("worlds", 1), ("eval_users", 2), ("households", 50)):
         if not isinstance(cfg[name], int) or cfg[name] < least:
             raise ValueError(

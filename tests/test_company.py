@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from encoders.state import EMPTY
+from simulators import company
 from simulators.company import fit_company, without
 from simulators.preference import ItemFacts, Preference
 from simulators.trips import trips_from_logs
@@ -181,3 +182,22 @@ def test_features_by_hand(paired):
     assert torch.allclose(found[:, 3 + g : 3 + 2 * g], same.float().log1p())
     half = found.shape[1] // 2
     assert torch.allclose(found[:, half:], found[:, :half] * np.log(3.0), atol=1e-5)
+
+
+def test_worth_is_learnt_from_purchases_not_from_visits(fitted, shelf, trips, monkeypatch):
+    """A visit of n items is seen n - 1 times as often as one of two."""
+    seen = []
+    learn = company._learn
+
+    def noted(*known):
+        seen.append(known[2])
+        return learn(*known)
+
+    monkeypatch.setattr(company, "_learn", noted)
+    fit_company(fitted.preference, shelf, trips, np.random.default_rng(0))
+    size = np.diff(trips.pointer)
+    size = size[size >= 2]
+    assert size.std() > 0.5
+    expected = (size * (size - 1.0)).sum() / (size - 1.0).sum()
+    assert np.diff(seen[0].pointer).mean() == pytest.approx(expected, rel=0.05)
+    assert expected > 1.1 * size.mean()

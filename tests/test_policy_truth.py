@@ -96,6 +96,7 @@ def test_a_share_of_a_few_pairs_is_too_few_to_tell():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["env=ecommerce"], "env=ecommerce has a log, so its truth is not known"),
         (["worlds=0"], "worlds must be a whole number of at least 1"),
         (["households=10"], "households must be a whole number of at least 50"),
         (["policies=[random]"], "two or more"),
