@@ -229,13 +229,17 @@ def _learn(
 
 
 def sampled_alternatives(
-    preference: Preference, state: dict[str, Tensor], following: Tensor, generator: torch.Generator
+    preference: Preference,
+    state: dict[str, Tensor],
+    following: Tensor,
+    generator: torch.Generator,
+    count: int = ALTERNATIVES,
 ) -> tuple[Tensor, Tensor]:
     """What came next and a sample, items (B, 1 + S); log of how often each is drawn on average.
 
     Half come by their rate among all, half are of the household's past: the likeliest by far.
     """
-    half, b = ALTERNATIVES // 2, len(following)
+    half, b = count // 2, len(following)
     rate = preference.log_rate.softmax(dim=0)  # (N,)
     any_item = torch.multinomial(rate, 2 * half * b, replacement=True, generator=generator)
     fame, instead = any_item.view(2, b, half)

@@ -17,7 +17,8 @@ from simulators.company import Company, sampled_alternatives
 from simulators.preference import Preference, describe_trips
 from simulators.trips import Trips
 
-LINES = 12_000  # purchases that missions are learnt from
+LINES = 150_000  # purchases that missions are learnt from: of few, their noise shows in the mix
+BESIDE = 30  # sampled items beside each: more lines with few beat few lines with more
 FEWEST = 1000  # purchases; from fewer nothing is learnt
 DECAY = 3e-4  # weight decay: categories hardly seen stay as they are
 ROUNDS = 30  # of the optimiser
@@ -58,7 +59,7 @@ def fit_missions(
             inside = lines[at : at + CHUNK] - trips.pointer[trip[at : at + CHUNK]]
             basket, following = cut_before(some, inside, rng)
             state = describe_trips(preference, some)
-            items, log_drawn = sampled_alternatives(preference, state, following, generator)
+            items, log_drawn = sampled_alternatives(preference, state, following, generator, BESIDE)
             utility = preference.logit(state, items).float() - log_drawn  # (B, 1 + S)
             held = (basket != EMPTY).sum(dim=1)  # (B,)
             rows = held.nonzero().squeeze(1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from encoders.state import EMPTY, remember
 from simulators.base import Catalog, UserTable
 from simulators.company import Company, fit_company
-from simulators.fit import moment
+from simulators.fit import LATE, moment
 from simulators.missions import Missions, fit_missions
 from simulators.preference import Preference
 from simulators.rhythm import Memory, Rhythm, dawn_of, fit_rhythm, hour_of, weekday_of
@@ -59,13 +59,17 @@ class Bank:
     held: np.ndarray  # (N,) int64, at least 1
 
     @staticmethod
-    def of(lines: Lines, num_items: int, rng: np.random.Generator) -> "Bank":
-        """Drawn from all lines of an item; an item without any costs what lines mostly cost."""
+    def of(lines: Lines, num_items: int, now: float, rng: np.random.Generator) -> "Bank":
+        """Drawn from an item's lines, the later before day `now` the likelier (1/e in 28 days).
+
+        An item without any costs what lines mostly cost.
+        """
         table = np.column_stack([lines.value, lines.price, lines.discount])
         usual = np.array([np.nanmedian(c) if np.isfinite(c).any() else np.nan for c in table.T])
         bank = np.tile(usual, (num_items, BANK, 1))
-        order = rng.permutation(len(lines))
-        order = order[np.argsort(lines.item[order], kind="stable")]
+        # the smallest of exponential keys: a sample weighted without replacement
+        key = rng.exponential(size=len(lines)) * np.exp((now - lines.time) / LATE)
+        order = np.lexsort((key, lines.item))
         item = lines.item[order]
         rank = np.arange(len(order)) - np.searchsorted(item, item)
         some = rank < BANK
@@ -114,7 +118,7 @@ def fit_alone(
         company = fit_company(preference, catalog, trips, rng)
     missions = fit_missions(preference, company, trips, rng)
     recent = lines_of(past.since(moment(since)), catalog.ids, users)
-    bank = Bank.of(recent, len(catalog), rng)
+    bank = Bank.of(recent, len(catalog), catalog.as_of, rng)
     return Alone(preference, company, missions, dawn, rhythm, bank)
 
 

@@ -115,7 +115,7 @@ def test_money_comes_from_lines_of_the_same_item():
     zero = np.zeros(105)
     price = np.where(item == 0, 3.0, rng.uniform(7, 9, 105))
     lines = Lines(zero.astype(int), zero.astype(int), zero, item, 2 * price, price, zero)
-    bank = Bank.of(lines, 3, rng)
+    bank = Bank.of(lines, 3, 1.0, rng)
     drawn = bank.draw(np.array([0] * 50 + [2] * 50 + [1] * 50), rng)
     assert (drawn[:50, 1] == 3.0).all()
     assert (drawn[:50, 0] == 6.0).all()
@@ -123,6 +123,17 @@ def test_money_comes_from_lines_of_the_same_item():
     assert len(np.unique(drawn[50:100, 1])) > 10
     assert np.allclose(drawn[:100, 0], 2 * drawn[:100, 1])
     assert np.isfinite(drawn[100:]).all()  # never sold: what lines mostly cost
+
+
+def test_late_lines_make_the_money_of_an_item():
+    rng = np.random.default_rng(0)
+    many = 4000
+    time = np.arange(many) % 150.0
+    one = np.ones(many)
+    lines = Lines(one.astype(int), one.astype(int), time, np.arange(many) % 40, one, time, one)
+    bank = Bank.of(lines, 40, 150.0, rng)
+    ages = 150.0 - bank.lines[:, :, 1][np.arange(32)[None] < bank.held[:, None]]
+    assert 25.0 < ages.mean() < 45.0  # 75 if drawn alike; 32 of each 100 without replacement
 
 
 class Spy:
