@@ -68,6 +68,7 @@ from simulators.gate import (
     calibration_checks,
     left_out,
     lines,
+    price_checks,
     walk_checks,
     walked,
 )
@@ -204,6 +205,7 @@ def gate(
         found = walked(alone, others, catalog, seed=cfg.seed)
         walks, looks = walk_checks(found, catalog, asked, seed=cfg.seed)
         checks += walks
+        checks += price_checks(simulator.habits.elasticity, others, catalog, asked)
         notes += left_out(found, catalog).values()
         bar.update()
         if cfg.policies:

@@ -44,6 +44,7 @@ from simulators.exposure_calibration import calibration
 from simulators.exposure_calibration import lines as said_of_answers
 from simulators.fidelity import lines
 from simulators.fitted import FittedSimulator
+from simulators.prices import said as of_prices
 from sources.logs import Logs
 
 NOT_THE_LOG = ("models", "repeats", "split")  # what a data yaml says for rank_baselines.py
@@ -108,7 +109,8 @@ def fitted(
         spec = replace(spec, logs=households_to_fit(logs, catalog.as_of - cfg.window))
         users = FittedSimulator.fit(spec, window=cfg.window, epochs=cfg.epochs, hidden=cfg.hidden)
     with measured("check", costs):
-        return users, lines(held_out_figures(users, logs, catalog))
+        said = lines(held_out_figures(users, logs, catalog))
+        return users, [*said, of_prices(users.habits.elasticity)]
 
 
 @contextmanager

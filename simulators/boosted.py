@@ -29,7 +29,7 @@ from simulators.preference import RECENT, ItemFacts, Preference
 from simulators.preference_fit import sample_pairs
 from simulators.trips import Trips
 
-FORMAT = 4  # of a saved fit; raised when its content or meaning changes
+FORMAT = 5  # of a saved fit; raised when its content or meaning changes
 DEPTH, LEAVES, RATE = 6, 31, 0.1  # of a tree, and the share of each tree that is added
 LEAST, RIDGE = 200, 10.0  # rows of a leaf, and what draws it to 0: pairs never bought say little
 MOST = 20_000  # trips that trees are grown on: about 1.5 million pairs
@@ -316,7 +316,12 @@ class BoostedSimulator:
 
     @staticmethod
     def fit(
-        spec: SimSpec, *, window: float = 150.0, trees: int = 150, **assumed: Any
+        spec: SimSpec,
+        *,
+        window: float = 150.0,
+        trees: int = 150,
+        offers: str | Path | None = None,
+        **assumed: Any,
     ) -> FittedSimulator:
         """Fit to the `window` days before the catalogue's cut, or find such a fit again."""
         if not window > 0 or trees < 1:
@@ -337,7 +342,7 @@ class BoostedSimulator:
         users = spec.users if spec.users is not None else user_table(state["users"])
         assert spec.catalog is not None
         return FittedSimulator(
-            spec.catalog, *parts, users, device=spec.device, fit_key=key, **assumed
+            spec.catalog, *parts, users, device=spec.device, fit_key=key, offers=offers, **assumed
         )
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Fit the parts of a `FittedSimulator` to a log: all that is learnt, as plain tensors."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from simulators.base import Catalog, SimSpec, UserTable
 from simulators.catalog import finest_categories
 from simulators.habits import Habits, learn_habits
 from simulators.preference import ItemFacts, Preference, item_to_item
+from simulators.prices import fit_elasticity
 from simulators.trips import Trips, trips_from_logs
 from simulators.visits import Lines, lines_of
 from sources.cache import cached
@@ -162,6 +163,7 @@ def fit_model(
     # From here on the model serves users after the window: item-to-item weights of all the past.
     preference.renew(item_facts(logs, catalog, log_rate, draw, trend))
     habits = learn_habits(preference, catalog, trips, weight, seed)
+    habits = replace(habits, elasticity=fit_elasticity(lines, drawn.to_numpy()))
     users = trips[starting_points(trips, rng)].users()
     table = vars(users) | {"ids": users.ids.tolist(), "ids_type": str(users.ids.dtype)}
     return store(preference, habits) | {"users": table}

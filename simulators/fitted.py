@@ -10,6 +10,9 @@ Assumed, since purchases cannot tell: a household leaves a useless slate with pr
 (0: never); being shown changes nothing (`exposure`, added to theta; 0: nothing; `display`: as much
 as a display in a shop, promotions.py) whatever the slot (`position`, lost per slot; 0: nothing);
 taste does not drift within a trip (`drift`; 0: none).
+
+`offers`, a table of today's prices and discounts (offers.py), changes what is paid and, as far as
+weeks with other prices told (prices.py), what is bought; without it all costs what it usually does.
 A product shown is judged as if the household were shopping alone: the choice among K is a logit.
 """
 
@@ -30,10 +33,11 @@ from simulators.base import Catalog, Response, SimSpec, UserState, UserTable
 from simulators.draws import Draws
 from simulators.fit import fit_once, load_state, moment, restore, store, user_table
 from simulators.habits import Habits
+from simulators.offers import with_offers
 from simulators.preference import Preference
 from simulators.preference_fit import fit_preference
 
-FORMAT = 6  # of a saved fit; raised when its content or meaning changes
+FORMAT = 7  # of a saved fit; raised when its content or meaning changes
 BASKET = 40  # M: purchases of one trip; a household with a full basket goes home
 DESCRIBED = 20_000  # users of a table up to which all are described once and kept: 0.2 GB
 CHUNK = 2048  # described at once
@@ -82,6 +86,7 @@ class FittedSimulator:
         *,
         device: str = "cpu",
         fit_key: str = "",
+        offers: str | Path | None = None,
         **assumed: Any,
     ) -> None:
         self.assumed = Assumptions(**assumed)
@@ -96,6 +101,10 @@ class FittedSimulator:
                 f"users must be 1 or more with profiles of {width} numbers, as the model was "
                 f"fitted on, got {tuple(users.profile.shape)}: take them from the same log"
             )
+        self.offered: Tensor | None = None  # (N,) what prices of today add to theta
+        if offers is not None:
+            catalog, shift = with_offers(catalog, offers, habits.elasticity)
+            self.offered = shift.to(device)
         self.catalog, self.preference = catalog.to(device), preference.to(device)
         self.habits = habits.to(device)
         self.users = users.to(device)
@@ -119,12 +128,13 @@ class FittedSimulator:
         epochs: int = 4,
         hidden: int = 32,
         members: int = 5,
+        offers: str | Path | None = None,
         **assumed: Any,
     ) -> "FittedSimulator":
         """Fit to the purchases of `spec.logs` in the `window` days before the catalogue's cut.
 
-        `assumed` are the fields of `Assumptions`. A fit is kept and found again by the content of
-        all that goes in.
+        `offers` names a table of today's prices, `assumed` are the fields of `Assumptions`. A fit
+        is kept and found again by the content of all that goes in.
         """
         if not window > 0 or epochs < 1 or hidden < 1 or members < 1:
             raise ValueError(
@@ -144,8 +154,9 @@ class FittedSimulator:
         users = spec.users if spec.users is not None else user_table(state["users"])
         assert spec.catalog is not None
         return cls(
-            spec.catalog, preference, habits, users, device=spec.device, fit_key=key, **assumed
-        )
+            spec.catalog, preference, habits, users, device=spec.device, fit_key=key,
+            offers=offers, **assumed,
+        )  # fmt: skip
 
     @classmethod
     def default(cls) -> "FittedSimulator":
@@ -245,6 +256,8 @@ class FittedSimulator:
             theta = theta.index_add(0, rows, self.company.change(baskets))
         else:
             theta = self._sated(theta, self.catalog.category.expand(len(theta), -1), state)
+        if self.offered is not None:
+            theta = theta + self.offered
         return (theta + self.exposure).sigmoid()
 
     def _unsure(self, opinions: Tensor, own: Tensor, theta: Tensor) -> Tensor:
@@ -263,6 +276,8 @@ class FittedSimulator:
     def _theta(self, state: UserState, slate: Tensor, theta: Tensor) -> Tensor:
         """Logits (B, K) of buying now, unshown, given those of an empty basket."""
         items = slate.clamp_min(0)
+        if self.offered is not None:
+            theta = theta + self.offered[items]
         if not self.company:
             return self._sated(theta, self.catalog.category[items], state)
         rows = (state["purchases"] > 0).nonzero().squeeze(1)  # (R,) the others have no basket yet

@@ -15,6 +15,7 @@ from encoders.state import EMPTY
 from simulators.base import Catalog, UserTable
 from simulators.fit import moment
 from simulators.organic import Alone, table_at, walk
+from simulators.prices import Elasticity, held_out_slope
 from simulators.realism import (
     DRAWS,
     Distance,
@@ -34,7 +35,7 @@ from sources.logs import Logs
 
 __all__ = [
     "THRESHOLDS", "Check", "Walked", "above", "at_least", "at_most", "calibration_checks",
-    "left_out", "lines", "walk_checks", "walked", "within",
+    "left_out", "lines", "price_checks", "walk_checks", "walked", "within",
 ]  # fmt: skip
 
 SPLITS = 40  # of the real visits in two, to see what differs by chance
@@ -56,6 +57,7 @@ THRESHOLDS: dict[str, float] = {
     "basket_recall10_over_popularity": 0.0, "basket_recall10_over_item_knn": 0.0,
     "basket_ndcg10_over_popularity": 0.0, "basket_ndcg10_over_item_knn": 0.0,
     "basket_ndcg10_over_decayed_counts": 0.0,
+    "price_slope": 1.25,  # of sales by price, real over fitted, or the inverse
     "ranking_agreement": 0.90,  # of policy pairs told apart, between users of disjoint households
 }  # fmt: skip
 
@@ -138,6 +140,19 @@ def walk_checks(
     said = f"AUC of a judge that tells them apart; it looks at {', '.join(list(looks)[:3])}"
     users = len(np.union1d(real["user"], simulated["user"]))
     return [*checks, at_most("two_sample_auc", apart, limits, said, users=users)], looks
+
+
+def price_checks(
+    elasticity: Elasticity | None, logs: Logs, catalog: Catalog, limits: Mapping[str, float]
+) -> list[Check]:
+    """Whether sales to the users of `logs` after the cut answer to prices as was fitted."""
+    later = logs.since(moment(catalog.as_of))
+    held = lines_of(later, catalog.ids, np.unique(later.events["user"]))
+    slope = held_out_slope(elasticity, held) if elasticity else None
+    if slope is None:
+        return []
+    words = "slope of what weeks with other prices sell on what the fit says"
+    return [within("price_slope", slope, limits, words)]
 
 
 def left_out(found: Walked, catalog: Catalog) -> dict[str, str]:

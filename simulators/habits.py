@@ -11,6 +11,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from simulators.base import Catalog
 from simulators.company import Company, fit_company
 from simulators.preference import Preference, bought_board, describe_trips
+from simulators.prices import Elasticity
 from simulators.returns import Returns, fit_returns
 from simulators.trips import Trips
 
@@ -27,6 +28,7 @@ class Habits:
     satiation: float  # taken from theta per purchase of the same category on this trip
     company: Company | None = None  # what goes together; None: baskets were too few to tell
     returns: Returns | None = None  # when it comes back; None: trips were too few to tell
+    elasticity: Elasticity | None = None  # of purchases by price; None: too little to tell
     display: float | None = None  # added to theta by being shown, if displays speak for slates
 
     def to(self, device: str) -> "Habits":
@@ -36,16 +38,15 @@ class Habits:
 
     def plain(self) -> dict[str, Any]:
         """All of it as tensors and numbers."""
-        parts = {"company": self.company, "returns": self.returns}
+        parts = {name: getattr(self, name) for name in ("company", "returns", "elasticity")}
         return vars(self) | {name: part and dict(vars(part)) for name, part in parts.items()}
 
     @staticmethod
     def of(plain: dict[str, Any]) -> "Habits":
         """What `plain` wrote."""
-        company, returns = plain.get("company"), plain.get("returns")
-        return Habits(**plain | {
-            "company": company and Company(**company), "returns": returns and Returns(**returns),
-        })  # fmt: skip
+        kinds = {"company": Company, "returns": Returns, "elasticity": Elasticity}
+        found = {name: plain.get(name) for name in kinds}
+        return Habits(**plain | {n: part and kinds[n](**part) for n, part in found.items()})
 
     def stop_hazard(self, purchases: Tensor, log_size: Tensor) -> Tensor:
         """Probability (B,) to go home after the `purchases`-th purchase (B,)."""
