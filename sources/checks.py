@@ -36,6 +36,13 @@ NUMBERS = {
 }
 
 
+DECIMAL_COMMA = r"\s*[-+]?[0-9. ]*,[0-9]+\s*"
+COMMA = (
+    ': a comma stands before the decimals, so say decimal: "," beside the file in the yaml '
+    "(pd.read_csv(..., decimal=',') in Python)"
+)
+
+
 def closest(word: str, words: Iterable[str]) -> str:
     """Suggest the nearest of `words`, or nothing."""
     near = difflib.get_close_matches(word, list(words), n=1)
@@ -119,7 +126,10 @@ def numbers(column: pd.Series, where: str) -> pd.Series:
     if not pd.api.types.is_numeric_dtype(column):
         text = pd.to_numeric(column, errors="coerce").isna().to_numpy() & column.notna().to_numpy()
         if text.any():
-            raise ValueError(f"{where} must be numbers, got {sample(text, column)}")
+            comma = column[text].astype("str").str.fullmatch(DECIMAL_COMMA).all()
+            raise ValueError(
+                f"{where} must be numbers, got {sample(text, column)}{COMMA if comma else ''}"
+            )
         column = pd.to_numeric(column)
     return pd.Series(column.to_numpy(dtype="float64", na_value=np.nan), index=column.index)
 

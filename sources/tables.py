@@ -37,6 +37,7 @@ from sources.checks import (
     parse_times,
     require_columns,
 )
+from sources.headers import check_headers
 from sources.logs import Logs, Roles
 
 PREPARED = 1  # raised when the preparation below changes, so that no old cache is read
@@ -160,6 +161,7 @@ def _files(table: dict[str, Any], config: Path) -> list[Path]:
 
 def _prepare(about: dict[str, Any], path: Path) -> Logs:
     """Read, filter, rename, then let `Logs.create` judge."""
+    check_headers(about, path)
     roles = Roles(**{role: tuple(columns) for role, columns in about.get("roles", {}).items()})
     notes: list[str] = []
     frames: dict[str, pd.DataFrame] = {}

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sources import tables
+from sources import headers, tables
 
 SHOP = Path(__file__).parent / "data" / "shop"
 RETAIL = (
@@ -94,23 +94,77 @@ def test_ids_become_numbers_only_if_they_are_in_every_table(shop):
             {"events__file": "sale.csv"},
             "sale.csv, which does not exist: a path in the yaml is relative",
         ),
-        ({"events__columns": {"item": "sku"}}, "says no behaviour: map a column"),
+        (
+            {"events__columns": {"item": "sku", "user": "customer", "time": "when"}},
+            "says no behaviour: map a column",
+        ),
+        (
+            {"events__columns": {"item": "sku", "user": "customer"}},
+            r"events \(sales.csv\) lacks the column 'time' \(all events have one\).*columns: {time",
+        ),
         ({"events__time_format": "%Y-%m-%d"}, r"like %Y-%m-%d, cannot read 5 of 5 rows"),
         ({"events__time_unit": "s"}, "both time_format and time_unit"),
         ({"events__behaviours": {"return": "back"}}, r"does not translate \['sale'\]"),
-        ({"roles__item_text": ["name"]}, "items lacks the column 'name'"),
+        (
+            {"roles__item_text": ["titel"]},
+            r"items \(products.csv\) lacks the column 'titel' \(roles.item_text names it\), it has "
+            r"\['sku', 'title', 'shelf', 'grams'\].*Did you mean 'title'",
+        ),
+        (
+            {"roles__user_category": ["town"]},
+            r"roles.user_category names \['town'\], columns of users, and there is no part users",
+        ),
         ({"roles__item_text": "title"}, "roles.item_text must be a list"),
         ({"purchases": ["purchase"]}, r"purchases \['purchase'\] never occur"),
         ({"events__encoding": "utf-99"}, "cannot be read.*encoding"),
         (
-            {"items__first_of_each": True, "items__file": "sales.csv", "items__columns": {}},
-            "lacks the column 'item'.*first_of_each",
+            {"items__separator": ";", "items__file": "sales.csv", "items__columns": {}},
+            r"items \(sales.csv\) lacks the column 'item' \(all items have one\)",
+        ),
+        (
+            {"events__separator": ","},
+            r"sales.csv is one column, 'receipt.*say separator: \";\" \(and decimal: \",\"",
+        ),
+        (
+            {"events__decimal": "."},
+            r"events.price must be numbers.*1,50.*say decimal: \",\" beside the file",
         ),
     ],
 )
 def test_mistakes_in_the_yaml_are_named_with_a_way_out(shop, changes, message):
     with pytest.raises(ValueError, match=message):
         shop(**changes)
+
+
+@pytest.mark.parametrize(
+    ("content", "separator", "message"),
+    [
+        ("", ",", "x.csv cannot be read.*whose first line names its columns"),
+        ("a\tb\n1\t2\n", ",", r"is one column, .*say separator: \"\\t\" beside the file"),
+        ("a,b\n1,2\n", ";", r"is one column, 'a,b'.*say separator: \",\" beside"),
+    ],
+)
+def test_a_header_of_another_kind_of_table_is_refused(content, separator, message, tmp_path):
+    (tmp_path / "x.csv").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        headers.header(tmp_path / "x.csv", {"separator": separator}, "my.yaml: events")
+
+
+def test_headers_are_read_as_pandas_reads_them(tmp_path):
+    (tmp_path / "x.csv").write_text('\n"a;1",a,a,\n1,2,3,4\n')
+    names = headers.header(tmp_path / "x.csv", {}, "events")
+    assert names == list(pd.read_csv(tmp_path / "x.csv").columns) == ["a;1", "a", "a.1",
+                                                                    "Unnamed: 3"]  # fmt: skip
+    pd.DataFrame({"q": [1], "r": [2]}).to_parquet(tmp_path / "x.parquet")
+    assert headers.header(tmp_path / "x.parquet", {}, "events") == ["q", "r"]
+
+
+def test_what_the_files_lack_is_said_before_any_is_read(shop, monkeypatch):
+    monkeypatch.setattr(tables, "_read_file", None)  # not reached
+    with pytest.raises(ValueError, match=r"lacks the column 'titel'"):
+        shop(roles__item_text=["titel"])
+    with pytest.raises(ValueError, match=r"say separator"):
+        shop(items__separator=";")
 
 
 def test_a_missing_or_malformed_yaml_is_refused(tmp_path):
