@@ -196,22 +196,30 @@ class Variant:
 def variants(cfg: DictConfig, simulator: UserSimulator) -> list[Variant]:
     """Half and double of each assumption that the simulator names, and other ways to choose.
 
-    One that is off is tried at a size from the configuration, and at half of it; one that is no
-    number, such as exposure=display or what baskets of the log say of satiation, is tried off.
+    One that is off is tried at a size from the configuration, and at half of it. A word, as
+    exposure=display, is what the simulator measured for it; what is not one number, as what baskets
+    of the log say of satiation, is tried off, a word at that size too.
     """
     found = []
     for name in cfg.assumptions:
         if name not in cfg.env.simulator:
             continue
         given = cfg.env.simulator[name]
-        now = getattr(simulator, name, None) if given is None else given  # null: fitted to the log
+        typed = isinstance(given, int | float)
+        now = given if typed else getattr(simulator, name, None)  # fitted to the log, or measured
         if name == "position" and cfg.env.session.slate_size == 1:
             continue  # there is no slot further down
-        if not isinstance(now, int | float):  # of a word, or of fitted parts, there is no half
-            sizes = {f"off (is {FROM_LOG if now is None else now})": 0.0}
+        said = FROM_LOG if given is None else given
+        size = cfg.when_off.get(name)
+        if not isinstance(now, int | float):  # of fitted parts there is no half
+            sizes = {f"off (is {said})": 0.0}
+            if given is not None and size is not None:
+                sizes[f"on, {size:.3g} (is {said})"] = size
         elif now:
             twice = min(now * 2, 1.0) if name in CHANCES else now * 2
             sizes = {f"half ({now / 2:.3g})": now / 2, f"double ({twice:.3g})": twice}
+            if isinstance(given, str):
+                sizes = {f"off (is {said}, {now:.3g})": 0.0} | sizes
         else:
             size = cfg.when_off[name]
             sizes = {f"on, {size / 2:.3g} (is off)": size / 2, f"on, {size:.3g} (is off)": size}

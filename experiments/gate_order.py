@@ -72,16 +72,19 @@ def played(
 def otherwise(cfg: DictConfig, simulator: UserSimulator) -> list[tuple[str, str, Any]]:
     """Every named assumption at half, at double and off: its name, what it is called, its value.
 
-    One that is off already is tried on, at a usual size and at half of it.
+    One that is off already is tried on, at a usual size and at half of it. A word, as
+    exposure=display, is what the simulator measured for it, and where that is not one number, off
+    and a usual size.
     """
     given = cfg.env.simulator
     found: list[tuple[str, str, Any]] = []
     for name, size in WHEN_OFF.items():
         if name not in given or (name == "position" and cfg.env.session.slate_size == 1):
             continue  # a slate of one has no lower slot
-        now = getattr(simulator, name, None) if given[name] is None else given[name]
-        if not isinstance(now, int | float):  # a word, or fitted parts without one size
-            sizes = {"off": 0.0}
+        typed = isinstance(given[name], int | float)
+        now = given[name] if typed else getattr(simulator, name, None)
+        if not isinstance(now, int | float):  # fitted parts, or a word, without one size
+            sizes = {"off": 0.0} | ({"on": size} if given[name] is not None else {})
         elif now:
             twice = min(2 * now, 1.0) if name == "patience" else 2 * now
             sizes = {"off": 0.0, "half": now / 2, "double": twice}

@@ -77,9 +77,15 @@ def test_what_is_no_number_is_tried_off_and_named_for_what_it_is() -> None:
     found = {(v.assumption, v.label): v.value for v in variants(cfg, baskets)}
     assert {k: v for k, v in found.items() if k[0] in ("satiation", "exposure")} == {
         ("satiation", "off (is from the log)"): 0.0,
-        ("exposure", "off (is display)"): 0.0,
+        ("exposure", "off (is display, 0.27)"): 0.0,
+        ("exposure", "half (0.135)"): 0.135,
+        ("exposure", "double (0.54)"): 0.54,
     }
     assert found["patience", "double (0.2)"] == pytest.approx(0.2)
+    unmeasured = SimpleNamespace(satiation=None, exposure=None)
+    found = {(v.assumption, v.label): v.value for v in variants(cfg, unmeasured)}
+    assert found["exposure", "off (is display)"] == 0.0
+    assert found["exposure", "on, 0.5 (is display)"] == 0.5, "of a word nobody measured, a constant"
     one_number = SimpleNamespace(satiation=0.3, exposure=0.27)  # baskets were too few
     found = {(v.assumption, v.label): v.value for v in variants(cfg, one_number)}
     assert found["satiation", "half (0.15)"] == pytest.approx(0.15)

@@ -79,7 +79,13 @@ def test_what_the_log_says_is_halved_from_there_and_words_are_turned_off():
         ("satiation", 0.0), ("satiation", -0.25), ("satiation", -1.0)
     }  # fmt: skip
     assert named(otherwise(config(satiation=None), SimpleNamespace())) == {("satiation", 0.0)}
-    assert named(otherwise(config(exposure="display"), fitted)) == {("exposure", 0.0)}
+    assert named(otherwise(config(exposure="display"), fitted)) == {
+        ("exposure", 0.0), ("exposure", 0.5)
+    }  # fmt: skip
+    measured = SimpleNamespace(exposure=0.34)
+    assert named(otherwise(config(exposure="display"), measured)) == {
+        ("exposure", 0.0), ("exposure", 0.17), ("exposure", 0.68)
+    }  # fmt: skip
 
 
 def test_every_change_is_played_with_the_fit_made_anew_for_it(monkeypatch):
