@@ -15,6 +15,7 @@ from encoders.state import EMPTY
 from simulators.base import Catalog, UserSimulator, UserTable
 
 TABLES = (".csv", ".parquet", ".pq")
+NO_RULE = "leave it out where there is no rule (excluded=null)"
 WHAT = ("item", "category")  # a rule's column: one of them
 
 
@@ -43,6 +44,11 @@ def read_rules(source: str | Path | Sequence[str | Path]) -> list[Rule]:
     for part in map(str, parts):
         if part.lower().endswith(TABLES):
             rules.append(_read_table(Path(part)))
+        elif Path(part).suffix and Path(part).is_file():
+            raise ValueError(
+                f"excluded: {part} is a file and its name does not end in {' or '.join(TABLES)}: "
+                "only such a file is read as a table, other words are categories"
+            )
         else:
             words.append(part)
     if words:
@@ -61,13 +67,22 @@ def _read_table(path: Path) -> Rule:
             table = pd.read_csv(path, dtype="str")
         else:
             table = pd.read_parquet(path)
+    except pd.errors.EmptyDataError:
+        raise ValueError(
+            f"excluded: {path} is empty, expected a first line that names its columns (item or "
+            f"category, and user where the rule is not for everybody): {NO_RULE}"
+        ) from None
     except (ValueError, OSError) as error:
-        raise ValueError(f"excluded: {path} cannot be read: {error}") from None
+        raise ValueError(
+            f"excluded: {path} cannot be read ({str(error).strip()}): give a .csv with "
+            "commas or a .parquet"
+        ) from None
     columns = [c for c in WHAT if c in table]
     if len(columns) != 1:
         raise ValueError(
             f"excluded: {path} must have a column item or a column category, and user where the "
-            f"rule is not for everybody, got {[str(c) for c in table]}: rename the columns"
+            f"rule is not for everybody, got {[str(c) for c in table]}: rename the columns, and "
+            "separate them by commas"
         )
     others = [str(c) for c in table if c not in columns]
     if "user" not in table and others:  # a user by another name would be a rule for everybody
@@ -76,7 +91,9 @@ def _read_table(path: Path) -> Rule:
             "the column of users user, or leave the others out if the rule is for everybody"
         )
     if not len(table):
-        raise ValueError(f"excluded: {path} has no lines: leave it out where there is no rule")
+        raise ValueError(
+            f"excluded: {path} has no lines, expected one for each thing excluded: {NO_RULE}"
+        )
     named = [*columns, *(["user"] if "user" in table else [])]
     for column in named:
         empty = np.flatnonzero(table[column].isna().to_numpy())

@@ -271,8 +271,10 @@ def test_the_replayed_trips_are_under_the_rule_too(table):
     [
         ("user,product\n1,2\n", r"a column item or a column category.*\['user', 'product'\]"),
         ("user,item,category\n1,2,a\n", "a column item or a column category"),
-        ("user,item\n", "has no lines"),
-        ("", "cannot be read"),
+        ("user,item\n", "has no lines, expected one for .*leave it out .*excluded=null"),
+        ("", "is empty, expected a first line that names its columns .*leave it out .*=null"),
+        ("user;item\n1;2\n", r"got \['user;item'\]: rename the columns, and separate them by com"),
+        ("a,b\n1,2,3\n1,2,3,4\n", "cannot be read .*give a .csv with commas"),
         ("user,item\n1,2\n,3\n", "has no user in 1 of 2 lines .first in line 1."),
         ("user,item\n1,\n", "has no item in 1 of 1 lines"),
     ],
@@ -287,9 +289,12 @@ def test_users_by_another_name_are_no_rule_for_everybody(table):
         read_rules(table("person,item\n1,2\n"))
 
 
-def test_a_missing_file_no_list_and_nothing_are_refused():
+def test_a_missing_file_no_list_and_nothing_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere.csv does not exist"):
         read_rules("nowhere.csv")
+    (tmp_path / "rule.txt").write_text("item\n1\n")
+    with pytest.raises(ValueError, match=r"rule.txt is a file and its name does not end in .csv"):
+        read_rules(str(tmp_path / "rule.txt"))
     with pytest.raises(ValueError, match="must be a table"):
         read_rules(3)
     with pytest.raises(ValueError, match="got none"):
