@@ -1,6 +1,6 @@
 """Rewards: functions of a `Response` to slot rewards (B, K), whose sum is the step's reward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,13 +40,17 @@ class Weighted:
         if not self.weights:
             raise ValueError("reward weights must name at least one behaviour, got none")
 
-    def __call__(self, response: Response) -> Tensor:
-        unknown = sorted(set(self.weights) - set(response.chosen))
+    def check(self, behaviours: Iterable[str]) -> None:
+        """Refuse weights of behaviours that a simulator does not have."""
+        unknown = sorted(set(self.weights) - set(behaviours))
         if unknown:
             raise ValueError(
                 f"reward weights name {unknown}, but this simulator's behaviours are "
-                f"{sorted(response.chosen)}: weigh some of those"
+                f"{sorted(behaviours)}: weigh some of those"
             )
+
+    def __call__(self, response: Response) -> Tensor:
+        self.check(response.chosen)
         parts = [weight * response.chosen[name] for name, weight in self.weights.items()]
         return torch.stack(parts).sum(dim=0).float()  # (B, K)
 
@@ -73,18 +77,29 @@ class Margin:
 
         return margin
 
-    def _read(self, catalog: Catalog) -> np.ndarray:
+    def table(self) -> pd.DataFrame:
+        """The table, whose columns of ids and of margins are there."""
         path = Path(self.path)
         if not path.is_file():
             raise ValueError(f"reward: {path} does not exist: give the table of items' margins")
-        csv = path.suffix.lower() == ".csv"
-        table = pd.read_csv(path, dtype={self.item: "str"}) if csv else pd.read_parquet(path)
+        try:
+            csv = path.suffix.lower() == ".csv"
+            table = pd.read_csv(path, dtype={self.item: "str"}) if csv else pd.read_parquet(path)
+        except (ValueError, OSError) as error:
+            raise ValueError(
+                f"reward: {path} cannot be read ({error}): give a .csv or .parquet with the "
+                f"columns {self.item} and {self.column}"
+            ) from None
         for column in (self.item, self.column):
             if column not in table:
                 raise ValueError(
                     f"reward: {path} lacks the column {column!r}, it has {list(map(str, table))}: "
                     "name those meant (env.session.reward.item, env.session.reward.column)"
                 )
+        return table
+
+    def _read(self, catalog: Catalog) -> np.ndarray:
+        path, table = Path(self.path), self.table()
         ids = table[self.item].astype("str")
         if ids.duplicated().any():
             twice = ids[ids.duplicated()].unique()

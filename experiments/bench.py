@@ -29,7 +29,7 @@ import torch
 from omegaconf import DictConfig
 
 from envs.recommend import RecommendVectorEnv
-from experiments.run_folder import write_json
+from experiments.run_folder import refuse_unwritable, write_json
 from simulators.base import UserSimulator
 
 POOL = 32  # random slates drawn before the clock starts, shown in turn
@@ -41,6 +41,7 @@ def main(cfg: DictConfig) -> None:
     """Run one benchmark and print its table."""
     with cli.plain_errors():
         checked(cfg)
+        refuse_unwritable(cfg.out, "out", file=True)
         torch.set_num_threads(cfg.threads)
         rows = BENCHES[cfg.bench](cfg)
         print(TEXTS[cfg.bench](rows))

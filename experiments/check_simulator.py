@@ -28,6 +28,7 @@ from agents.base import AgentSpec
 from agents.interactions import Interactions
 from agents.linear import EASE
 from encoders.items import interactions
+from experiments.early import refuse_early
 from experiments.from_logs import (
     SPLIT,
     after_the_cut,
@@ -48,13 +49,14 @@ from experiments.gate_order import (
     sensitivity_lines,
 )
 from experiments.gate_page import write_page
+from experiments.kinds import named
 from experiments.policies import (
     agent_config,
     agent_spec,
     opening,
 )
 from experiments.prepare import JUDGES, Worlds
-from experiments.run_folder import plain, writable_home, write_text
+from experiments.run_folder import plain, refuse_unwritable, writable_home, write_text
 from simulators.base import Catalog, SimSpec, UserSimulator
 from simulators.exposed import ExposureSimulator
 from simulators.fidelity import HeldOut, hits, priced
@@ -104,11 +106,7 @@ def main(cfg: DictConfig) -> None:
     with cli.plain_errors():
         limits = thresholds(cfg)
         torch.set_num_threads(cfg.threads)
-        if cfg.env.get("data") is None:
-            raise ValueError(
-                f"env={cfg.env_name} has no log, so there is nothing to hold its users against: "
-                "the gate is for users fitted to a log"
-            )
+        checked(cfg)
         logs: Logs = with_levels(instantiate(cfg.env.data))
         print("\n".join([summary(logs), *(f"  {note}" for note in logs.notes)]), flush=True)
         catalog: Catalog = instantiate(cfg.env.catalog, logs, device=DEVICE, progress=cfg.progress)
@@ -122,11 +120,7 @@ def main(cfg: DictConfig) -> None:
         elif isinstance(simulator, ExposureSimulator):
             found = gate_of_impressions(cfg, simulator, logs, (ours, others), catalog, limits)
         else:
-            raise ValueError(
-                f"the gate checks users of simulators.fitted and simulators.exposed, "
-                f"env={cfg.env_name} has {type(simulator).__name__}: "
-                "simulators.testing.check_simulator checks any"
-            )
+            raise ValueError(not_for(cfg, type(simulator)))
         tell(cfg, simulator.fit_key, found)
 
 
@@ -145,6 +139,30 @@ def tell(cfg: DictConfig, fit_key: str, found: Verdict) -> None:
     if cfg.out:
         rows = [json.dumps(plain(asdict(check)), allow_nan=False) for check in checks]
         write_text(Path(cfg.out), "\n".join(rows) + "\n")
+
+
+def checked(cfg: DictConfig) -> None:
+    """Refuse users without a log, what no environment can be, and places to write that are none."""
+    if cfg.env.get("data") is None:
+        raise ValueError(
+            f"env={cfg.env_name} has no log, so there is nothing to hold its users against: "
+            "the gate is for users fitted to a log"
+        )
+    target = (cfg.env.get("simulator") or {}).get("_target_")
+    made = named(str(target), "env.simulator._target_")
+    if isinstance(made, type) and not issubclass(made, FittedSimulator | ExposureSimulator):
+        raise ValueError(not_for(cfg, made))
+    refuse_early(cfg)
+    refuse_unwritable(cfg.out_dir, "out_dir")
+    refuse_unwritable(cfg.out, "out", file=True)
+
+
+def not_for(cfg: DictConfig, kind: type) -> str:
+    """Why users of another kind are not for the gate."""
+    return (
+        "the gate checks users of simulators.fitted and simulators.exposed, "
+        f"env={cfg.env_name} has {kind.__name__}: simulators.testing.check_simulator checks any"
+    )
 
 
 def thresholds(cfg: DictConfig) -> dict[str, float]:

@@ -42,7 +42,15 @@ from experiments.compared_parts import (
     sensitivity,
 )
 from experiments.compared_play import ORACLE, Played, households, play_all
-from experiments.compared_runs import Run, alone, optioned, runs_in, train_all
+from experiments.compared_runs import (
+    Run,
+    alone,
+    optioned,
+    over,
+    runs_in,
+    train_all,
+    training_configs,
+)
 from experiments.compared_words import told_sessions
 from experiments.policies import agent_config, agent_spec
 from experiments.prepare import Worlds, prepare
@@ -59,39 +67,51 @@ def main(cfg: DictConfig) -> None:
         device = checked(cfg)
         names = list(dict.fromkeys(agent_config(name)[0] for name in cfg.agents))
         options_known(cfg, names)
+        folder = comparison_folder(cfg)
+        given = runs_in(Path(cfg.runs), cfg.env) if cfg.runs else []
+        learners = to_train(cfg, names, given)
+        for config in training_configs(cfg, learners, folder):
+            over(config)  # a folder that holds another run is refused now
         seconds: dict[str, float] = {}
         with stage("prepare", seconds):
             worlds = prepare(cfg, device)
         torch.set_num_threads(cfg.threads)
         plausible(cfg, worlds)
-        folder = comparison_folder(cfg)
+        folder.mkdir(parents=True, exist_ok=True)
         print(f"runs and report in {folder}", flush=True)
         with alone(folder):
             with stage("train", seconds):
-                agents, runs = policies(cfg, worlds, names, folder, device)
+                agents, runs = policies(cfg, worlds, names, learners, given, folder, device)
             report = compared(cfg, worlds, agents, runs, seconds)
             write_json(folder / "comparison.json", report)
             write_text(folder / "report.html", comparison_page(report))
         print("\n".join(["", *table(report), "", f"report: {folder / 'report.html'}"]))
 
 
-def policies(
-    cfg: DictConfig, worlds: Worlds, names: list[str], folder: Path, device: str
-) -> tuple[dict[str, list[Agent]], list[Run]]:
-    """Every policy, those that learn once for each seed; static ones are fitted once."""
-    spec = agent_spec(cfg, worlds, device)
-    given = runs_in(Path(cfg.runs), cfg.env) if cfg.runs else []
+def to_train(cfg: DictConfig, names: list[str], given: list[Run]) -> list[str]:
+    """Those of the policies that learn; where runs are given, they must be of all of them."""
     trained = {run.policy for run in given}
-    configs = {name: optioned(cfg, name) for name in names if name not in trained}
     learners = [
-        name for name, config in configs.items()
-        if getattr(hydra.utils.get_class(config._target_), "learns", True)
+        name for name in names
+        if name not in trained
+        and getattr(hydra.utils.get_class(optioned(cfg, name)._target_), "learns", True)
     ]  # fmt: skip
     if learners and cfg.runs:
         raise ValueError(
             f"runs={cfg.runs} holds no run of {', '.join(learners)}: train them, or leave them out "
             f"with agents=[{','.join(n for n in names if n not in learners)}]"
         )
+    return learners
+
+
+def policies(
+    cfg: DictConfig, worlds: Worlds, names: list[str], learners: list[str], given: list[Run],
+    folder: Path, device: str,
+) -> tuple[dict[str, list[Agent]], list[Run]]:  # fmt: skip
+    """Every policy, those that learn once for each seed; static ones are fitted once."""
+    spec = agent_spec(cfg, worlds, device)
+    trained = {run.policy for run in given}
+    configs = {name: optioned(cfg, name) for name in names if name not in trained}
     static = {}
     with ThreadPoolExecutor(1) as side:  # it waits for processes: static policies are fitted here
         training = side.submit(train_all, cfg, learners, folder) if not given else None

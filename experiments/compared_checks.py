@@ -9,9 +9,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from experiments.cli import advise
 from experiments.compared_parts import MEANING
 from experiments.compared_play import simulators_with, variants
+from experiments.compared_runs import optioned
+from experiments.kinds import refuse_targets, refuse_words
 from experiments.policies import agent_config
 from experiments.prepare import Worlds
-from experiments.run_folder import ROOT
+from experiments.run_folder import ROOT, refuse_unwritable
 from experiments.train_agent import chosen_device
 
 LEAST = {"seeds": 1, "seed": 0, "evaluators": 1, "eval_users": 2, "replay_items": 1,
@@ -58,6 +60,9 @@ def options_known(cfg: DictConfig, names: list[str]) -> None:
         found = agent_config(name)[0]
         if found not in names:
             raise ValueError(f"options.{name}: {found} is not among agents=[{', '.join(names)}]")
+        whole = optioned(cfg, name)
+        refuse_targets(whole, f"options.{name}")
+        refuse_words(whole, f"options.{name}")
         if found != name:
             OmegaConf.set_struct(cfg.options, False)
             cfg.options[found] = cfg.options.pop(name)
@@ -70,12 +75,9 @@ def plausible(cfg: DictConfig, worlds: Worlds) -> None:
 
 
 def comparison_folder(cfg: DictConfig) -> Path:
-    """Where runs and report go."""
+    """Where runs and report go; it is made when the training begins."""
     home = ROOT if os.access(ROOT, os.W_OK) else Path.cwd()
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(cfg.out_dir) if cfg.out_dir else home / "runs" / cfg.env_name / f"compare-{stamp}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out_dir={folder} cannot be written: {error.strerror}") from error
+    refuse_unwritable(folder, "out_dir")
     return folder

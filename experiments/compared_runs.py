@@ -166,14 +166,12 @@ def difference(one: DictConfig, other: DictConfig) -> str:
 def train_all(cfg: DictConfig, learners: list[str], folder: Path) -> list[Run]:
     """Train each learner with each seed in processes of their own; what is there is not redone."""
     todo, done, every = [], [], []
-    for name in learners:
-        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
-            config = training_config(cfg, name, seed, folder / name / f"seed{seed}")
-            every.append(config)  # in this order, whatever was done before
-            if finished(config):
-                done.append(config)
-            else:
-                todo.append(config)
+    for config in training_configs(cfg, learners, folder):
+        every.append(config)  # in this order, whatever was done before
+        if finished(config):
+            done.append(config)
+        else:
+            todo.append(config)
     if done:
         print(f"{len(done)} of {len(done) + len(todo)} runs are in {folder} already", flush=True)
     workers = max(1, min(cfg.workers or cores(), len(todo)))
@@ -200,6 +198,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def training_configs(cfg: DictConfig, learners: list[str], folder: Path) -> list[DictConfig]:
+    """Those of each learner with each seed."""
+    return [
+        training_config(cfg, name, seed, folder / name / f"seed{seed}")
+        for name in learners
+        for seed in range(cfg.seed, cfg.seed + cfg.seeds)
+    ]
+
+
 def training_config(cfg: DictConfig, name: str, seed: int, folder: Path) -> DictConfig:
     """What experiments/train_agent.py would be told for this run."""
     root: Any = OmegaConf.to_container(OmegaConf.load(CONF / "train_agent.yaml"), resolve=False)
@@ -223,6 +230,17 @@ def optioned(cfg: DictConfig, name: str) -> DictConfig:
 def finished(config: DictConfig) -> bool:
     """Whether this run is over; one that is half done is taken away, another one is refused."""
     folder = Path(config.run_dir)
+    if over(config):
+        return True
+    if folder.exists():
+        print(f"{folder} holds a run that was cut off: it starts anew", flush=True)
+        shutil.rmtree(folder)
+    return False
+
+
+def over(config: DictConfig) -> bool:
+    """Whether this run is over; a folder that holds another run, or none, is refused."""
+    folder = Path(config.run_dir)
     if not folder.exists():
         return False
     before = OmegaConf.load(folder / "config.yaml") if (folder / "config.yaml").exists() else None
@@ -239,8 +257,6 @@ def finished(config: DictConfig) -> bool:
         return True
     if before is None:
         raise ValueError(f"{folder} is there and holds no run: choose another folder with out_dir")
-    print(f"{folder} holds a run that was cut off: it starts anew", flush=True)
-    shutil.rmtree(folder)
     return False
 
 

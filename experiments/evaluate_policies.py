@@ -25,7 +25,7 @@ from evaluation.report import Table, margin_chart_layout, margin_chart_scalars
 from evaluation.reward_model import RewardModel
 from evaluation.shape import SHAPES
 from experiments.logged_policies import Question, Settings
-from experiments.run_folder import open_folder, stage, write_json
+from experiments.run_folder import open_folder, refuse_taken, refuse_unwritable, stage, write_json
 
 
 @hydra.main(version_base="1.3", config_path=str(cli.CONF), config_name="evaluate_policies")
@@ -45,6 +45,7 @@ def main(cfg: DictConfig) -> None:
             write(table, folder)
         write_json(folder / "result.json", {"log": cfg.log_name, "seconds": seconds})
         if cfg.out:
+            Path(cfg.out).absolute().parent.mkdir(parents=True, exist_ok=True)
             table.to_json(Path(cfg.out))
         print(
             "\n".join(
@@ -123,11 +124,8 @@ def checked(cfg: DictConfig) -> Settings:
         raise ValueError(f"adaptive must be true or false, got {cfg.adaptive!r}")
     if cfg.adaptive and list(cfg.intervals) not in (["clt"], ["confidence_sequence"]):
         raise ValueError("of an adaptive log only intervals=[confidence_sequence] are valid")
-    if cfg.out:
-        try:
-            Path(cfg.out).absolute().parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"out={cfg.out} cannot be written: {error.strerror}") from error
+    refuse_unwritable(cfg.out, "out", file=True)
+    refuse_taken(cfg.run_dir)
     return Settings(cfg.reward_model, float(cfg.soften_ess), cfg.seed, cfg.adaptive)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import hydra
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from experiments.from_logs import (
     SPLIT,
@@ -35,16 +35,17 @@ from experiments.from_logs import (
     summary,
     with_levels,
 )
-from experiments.kinds import fits, refuse_words
-from experiments.run_folder import writable_home
+from experiments.kinds import fits, refuse_targets, refuse_words
+from experiments.run_folder import refuse_unwritable, writable_home
 from simulators.base import Catalog, SimSpec
-from simulators.catalog import catalog_from_logs, save_catalog
+from simulators.catalog import catalog_from_logs, check_catalog, save_catalog
 from simulators.exposed import ExposureSimulator
 from simulators.exposure_calibration import calibration
 from simulators.exposure_calibration import lines as said_of_answers
 from simulators.fidelity import lines
 from simulators.fitted import FittedSimulator
 from simulators.prices import said as of_prices
+from simulators.settings import check_settings
 from sources.logs import Logs
 
 NOT_THE_LOG = ("models", "repeats", "split")  # what a data yaml says for rank_baselines.py
@@ -139,7 +140,9 @@ def cost_lines(costs: dict[str, Cost]) -> list[str]:
 
 def sizes_checked(cfg: DictConfig) -> None:
     """Refuse settings that are no numbers before the log is read."""
-    refuse_words(cfg.data, "data")
+    source = OmegaConf.create({k: v for k, v in cfg.data.items() if k not in NOT_THE_LOG})
+    refuse_targets(source, "data")
+    refuse_words(source, "data")
     for keys, kinds, what in (
         (("size", "dim", "epochs", "hidden", "threads", "seed"), (int,), "a whole number"),
         (("cut", "window"), (float,), "a number"),
@@ -147,6 +150,10 @@ def sizes_checked(cfg: DictConfig) -> None:
         for key in keys:
             if not fits(cfg[key], kinds):
                 raise ValueError(f"{key} must be {what}, got {cfg[key]!r}")
+    given = {name: cfg[name] for name in ("size", "dim", "cut", "window", "epochs", "hidden")}
+    check_catalog(given)
+    check_settings(given)
+    refuse_unwritable(cfg.out, "out")
 
 
 if __name__ == "__main__":

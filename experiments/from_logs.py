@@ -19,14 +19,17 @@ from agents.interactions import Interactions
 from encoders.items import interactions
 from encoders.text import TextEncoder
 from envs.excluded import Excluded, refuse_unknown
-from experiments.prepare import JUDGES, ReplayTrips, Worlds, plug_in_note, rules_of
+from envs.rewards import Margin, Reward, Weighted, revenue, units
+from experiments.early import rules_of
+from experiments.prepare import JUDGES, ReplayTrips, Worlds, plug_in_note
 from experiments.run_folder import stage, write_text
 from simulators.base import Catalog, SimSpec, UserSimulator, UserTable
 from simulators.exposed import ExposureSimulator, visitors
 from simulators.fidelity import fidelity, lines
 from simulators.fit import moment
-from simulators.fitted import Assumptions, FittedSimulator
+from simulators.fitted import FittedSimulator
 from simulators.gate import Check
+from simulators.settings import Assumptions
 from simulators.trips import Trips, trips_from_logs
 from sources.cache import cache_folder, cached
 from sources.logs import Logs
@@ -48,12 +51,14 @@ def from_logs(cfg: DictConfig, device: str) -> Worlds:
         print(f"read the log of env={cfg.env_name}", flush=True)
         logs = with_levels(instantiate(cfg.env.data))
         print("\n".join([summary(logs), *(f"  {note}" for note in logs.notes)]), flush=True)
+    reward = refuse_unrewarded(cfg, logs)
     with stage("encode", seconds):
         catalog: Catalog = instantiate(cfg.env.catalog, logs, device=device, progress=cfg.progress)
         print(coverage_line(logs, catalog), flush=True)
+    if isinstance(reward, Margin):
+        reward.of(catalog)  # an item without a margin is known by now
     if not describes_users(cfg):
         refuse_strangers(logs, catalog)
-        refuse_unpriced(cfg, catalog)
     rules = rules_of(cfg)
     refuse_unknown(rules, logs.users["user"], logs.items["item"], catalog.category_names)
     with stage("fit", seconds):
@@ -111,14 +116,21 @@ def refuse_strangers(logs: Logs, catalog: Catalog) -> None:
     )
 
 
-def refuse_unpriced(cfg: DictConfig, catalog: Catalog) -> None:
-    """Refuse money as a reward where no item has a price: all would be worth nothing."""
-    reward = (cfg.env.get("session") or {}).get("reward") or {}
-    if reward.get("path") == "envs.rewards.revenue" and bool(catalog.price.isnan().all()):
+def refuse_unrewarded(cfg: DictConfig, logs: Logs) -> Reward | Margin:
+    """The reward; one of what the log does not have is refused: all would be worth nothing."""
+    reward: Reward | Margin = instantiate(cfg.env.session.get("reward"), _convert_="all") or units
+    if describes_users(cfg):
+        if isinstance(reward, Weighted):
+            said = logs.events["behaviour"].unique()
+            reward.check({str(b) for b in said} - {cfg.env.simulator.impression})
+        return reward
+    priced = "price" in logs.events and bool(logs.events["price"].notna().any())
+    if reward is revenue and not priced:
         raise ValueError(
             "env.session.reward is revenue, and no item of this log has a price: give the events a "
             "price, or another reward (envs.rewards.units; envs.rewards.Margin reads a table)"
         )
+    return reward
 
 
 def second_opinion(

@@ -20,8 +20,9 @@ from envs.excluded import Excluded
 from envs.recommend import RecommendVectorEnv
 from evaluation.online import CHUNK, Sessions, play, replay, table
 from experiments.cli import advise
+from experiments.early import rules_of
 from experiments.oracle import play_oracle
-from experiments.prepare import Worlds, rules_of
+from experiments.prepare import Worlds
 from simulators.base import Catalog, UserSimulator, UserTable
 
 DEFAULT_STEPS = 100_000  # env steps of training where nothing else is said
@@ -81,9 +82,6 @@ def make_env(
 ) -> RecommendVectorEnv:
     """Sessions of `cfg.env.session` with these users."""
     session = instantiate(cfg.env.session, _convert_="all")
-    known = ("slate_size", "max_steps", "reward", "excluded")
-    if strange := set(session) - set(known):
-        raise ValueError(f"env.session has {', '.join(known)}, got {', '.join(sorted(strange))}")
     session["excluded"] = excluded(cfg, simulator.catalog, simulator.users)
     return RecommendVectorEnv(
         simulator, num_envs=num_envs, observation="ids", output="torch", seed=seed, **session

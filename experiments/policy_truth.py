@@ -25,16 +25,19 @@ from tqdm import tqdm
 
 from agents.interactions import Interactions
 from encoders.items import interactions
+from experiments.early import refuse_early
 from experiments.from_logs import SPLIT, first_trips
 from experiments.gate_order import Agreed, Rewards, played, same_order
 from experiments.policies import agent_config, agent_spec
 from experiments.prepare import Worlds
-from experiments.run_folder import plain, write_text
+from experiments.run_folder import plain, refuse_unwritable, write_text
 from simulators.base import Catalog, SimSpec
+from simulators.catalog import check_catalog
 from simulators.fit import moment
 from simulators.fitted import FittedSimulator
 from simulators.gate import Check, at_least, lines
 from simulators.lived import as_logged, shopping_log
+from simulators.settings import check_settings as check_fit
 from simulators.trips import trips_from_logs
 from simulators.worlds import TinyWorld
 from sources.logs import Logs
@@ -76,6 +79,13 @@ def check_settings(cfg: DictConfig) -> None:
         raise ValueError(f"policies must name two or more to be ordered, got {list(cfg.policies)}")
     for name in cfg.policies:
         agent_config(name)
+    check_catalog({"cut": cfg.cut})
+    refuse_early(cfg)
+    try:
+        check_fit(cfg.fit)
+    except ValueError as error:
+        raise ValueError(f"fit.{error}") from None
+    refuse_unwritable(cfg.out, "out", file=True)
 
 
 def verdict(cfg: DictConfig, found: Agreed) -> Check:

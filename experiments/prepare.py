@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 from hydra.utils import instantiate
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 from torch import Tensor
 
 from agents.interactions import Interactions
 from encoders.state import EMPTY
-from envs.excluded import Excluded, Rule, as_text, read_rules, refuse_unknown
-from experiments.kinds import refuse_words
+from envs.excluded import Excluded, as_text, refuse_unknown
+from experiments.early import refuse_early, rules_of
 from simulators.base import Catalog, SimSpec, UserSimulator, UserTable
 from simulators.testing import check_simulator
 
@@ -57,21 +57,20 @@ def prepare(cfg: DictConfig, device: str) -> Worlds:
             f"env={cfg.env_name} names no simulator: its yaml needs simulator: {{_target_: ...}}, "
             "as experiments/conf/env/tiny.yaml has it"
         )
-    refuse_words(cfg.env, "env")
+    refuse_early(cfg)
     if cfg.env.get("data") is None:
-        return synthetic(cfg, device)
-    from experiments.from_logs import from_logs
+        worlds = synthetic(cfg, device)
+    else:
+        from experiments.from_logs import from_logs
 
-    return from_logs(cfg, device)
-
-
-def rules_of(cfg: DictConfig) -> list[Rule]:
-    """What `env.session.excluded` says, none if nothing."""
-    session = cfg.env.get("session") or {}
-    source = session.get("excluded")
-    if source is None:
-        return []
-    return read_rules(list(source) if isinstance(source, ListConfig) else source)
+        worlds = from_logs(cfg, device)
+    few = min(len(simulator.users) for simulator in worlds.test)
+    if few < 2:
+        raise ValueError(
+            f"env.simulator is {cfg.env.simulator.get('_target_')}, which has {few} user to judge "
+            "with; intervals are over users and need 2 or more: give it more users"
+        )
+    return worlds
 
 
 def plug_in_note(cfg: DictConfig, simulator: UserSimulator) -> list[str]:

@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).resolve().parents[1]
+TAKEN = "holds a run already: choose another folder, or delete it if nothing in it is wanted"
 PACKAGES = ("torch", "numpy", "pandas", "gymnasium", "hydra-core", "transformers", "recplay")
 
 
@@ -28,8 +30,7 @@ def open_folder(cfg: DictConfig) -> Path:
             file.write(OmegaConf.to_yaml(cfg, resolve=True))
     except FileExistsError as error:
         raise ValueError(
-            f"run_dir={folder} holds a run already, or is a file: choose another folder, or delete "
-            "it if nothing in it is wanted"
+            f"run_dir={folder} {TAKEN if folder.is_dir() else 'is a file: choose another folder'}"
         ) from error
     except OSError as error:
         raise ValueError(
@@ -37,6 +38,34 @@ def open_folder(cfg: DictConfig) -> Path:
         ) from error
     write_json(folder / "versions.json", versions())
     return folder
+
+
+def refuse_taken(folder: Path | str | None, key: str = "run_dir") -> None:
+    """Refuse, before any work, a folder that holds a run, is a file or cannot be written."""
+    if not folder:
+        return
+    if (Path(folder) / "config.yaml").exists():
+        raise ValueError(f"{key}={folder} {TAKEN}")
+    refuse_unwritable(folder, key)
+
+
+def refuse_unwritable(place: Path | str | None, key: str, *, file: bool = False) -> None:
+    """Refuse a folder, or a `file`, that could not be written when the work is done."""
+    if not place:
+        return
+    path = Path(place).absolute()
+    if file and path.is_dir():
+        raise ValueError(f"{key}={place} is a folder: give the name of a file")
+    folder = path.parent if file else path
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=folder):  # it shows, whoever asks and whatever disk
+            return
+    except OSError as error:
+        raise ValueError(
+            f"{key}={place} cannot be written ({folder}: {error.strerror}): choose another place"
+        ) from error
 
 
 def home_of(cfg: DictConfig) -> Path:

@@ -24,21 +24,21 @@ from omegaconf import DictConfig
 
 from agents.base import Agent, Transition
 from agents.checks import NonFiniteLossError
-from envs.checks import check_pessimism
 from evaluation.online import one_step, play
 from experiments.arena import Arena, arena, chosen_device
 from experiments.checkpoints import Checkpoint, fit, load_checkpoint
-from experiments.kinds import refuse_words
+from experiments.kinds import refuse_targets, refuse_words
 from experiments.policies import (
     DEFAULT_STEPS,
     SESSIONS_SEED,
+    agent_config,
     lines,
     make_env,
     named_agent,
     session_list,
 )
 from experiments.resume import interrupted_run
-from experiments.run_folder import open_folder, stage, write_json
+from experiments.run_folder import open_folder, refuse_taken, refuse_unwritable, stage, write_json
 from experiments.sweep import sweep_folder
 from experiments.watch import Watch
 
@@ -48,16 +48,17 @@ def main(cfg: DictConfig) -> None:
     """Prepare users, train an agent on some, judge it on others, and say where everything is."""
     with cli.plain_errors():
         device, steps = checked(cfg)
-        refuse_words(cfg.agent, "agent")
+        refuse_agents(cfg)
         cfg.run_dir = sweep_folder(cfg) or cfg.run_dir
         before = interrupted_run(cfg) if cfg.resume else None
+        if before is None:
+            refuse_taken(cfg.run_dir)
         seconds: dict[str, float] = {}
         with stage("prepare", seconds):
             world = arena(cfg, device, steps)
         print("\n".join(world.notes), flush=True)
         torch.set_num_threads(cfg.threads)
         agent = hydra.utils.instantiate(cfg.agent, world.spec)
-        refuse_offline(cfg, agent)
         agents = {name: named_agent(name, world.spec) for name in world.baselines}
         saved = before.checkpoint if before else None
         if cfg.checkpoint and saved is None:
@@ -149,7 +150,6 @@ def training_env(cfg: DictConfig, world: Arena) -> Any:
     """Sessions to train on: only here does `env.pessimism` take from the reward."""
     env = world.env()
     if pessimism := cfg.env.get("pessimism"):
-        check_pessimism(pessimism)
         refuse_certainty(world.env())
         env.pessimism = pessimism
     return env
@@ -230,9 +230,13 @@ def learn(agent: Any, env: Any, watch: Watch, world: Arena, saved: Checkpoint | 
         watch.save()
 
 
-def refuse_offline(cfg: DictConfig, agent: Any) -> None:
-    """Send agents that learn from logs to the command that reads logs."""
-    if getattr(agent, "offline", False):
+def refuse_agents(cfg: DictConfig) -> None:
+    """Refuse words and names of nothing, and send who learns from logs where logs are read."""
+    refuse_targets(cfg.agent, "agent")
+    refuse_words(cfg.agent, "agent")
+    for name in cfg.baselines or ():
+        agent_config(name)
+    if getattr(hydra.utils.get_object(cfg.agent._target_), "offline", False):
         raise ValueError(
             f"{cfg.agent_name} learns from a decision log, not from serving users: "
             f"python experiments/train_offline.py run=RUN_DIR agent={cfg.agent_name}, where "
@@ -289,6 +293,11 @@ def checked(cfg: DictConfig) -> tuple[str, int]:
         raise ValueError(f"resume must be null or auto, got {cfg.resume!r}")
     if cfg.early_stopping and not cfg.eval_every:
         raise ValueError("early_stopping needs evaluations on the way: eval_every above 0")
+    if cfg.early_stopping and cfg.evaluators < 2 and "id" not in cfg.env:
+        raise ValueError(
+            "early_stopping chooses on one held-out simulator and judges on the others, "
+            f"got evaluators={cfg.evaluators}: at least 2"
+        )
     target = str((cfg.env.get("simulator") or {}).get("_target_"))
     if cfg.second_opinion and not target.endswith(".FittedSimulator.fit"):
         raise ValueError(
@@ -299,11 +308,7 @@ def checked(cfg: DictConfig) -> tuple[str, int]:
         raise ValueError(f"seed must be below 2**31, got {cfg.seed}")
     if isinstance(cfg.baselines, str):
         raise ValueError(f"baselines must be a list, got {cfg.baselines!r}: baselines=[...]")
-    if cfg.out:
-        try:
-            Path(cfg.out).absolute().parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"out={cfg.out} cannot be written: {error.strerror}") from error
+    refuse_unwritable(cfg.out, "out", file=True)
     return chosen_device(cfg), steps
 
 

@@ -33,11 +33,13 @@ from evaluation import decisions
 from evaluation.online import Sessions, play, table
 from experiments.arena import Arena, arena, chosen_device
 from experiments.checkpoints import load_checkpoint, of_run, save_checkpoint
+from experiments.kinds import refuse_targets, refuse_words
 from experiments.logged_runs import configuration, spec_of
 from experiments.logged_transitions import Logged, replay_of
 from experiments.oracle import play_oracle
 from experiments.policies import (
     SESSIONS_SEED,
+    agent_config,
     household_names,
     joint_coverage,
     lines,
@@ -48,7 +50,13 @@ from experiments.policies import (
     session_list,
 )
 from experiments.prepare import Worlds
-from experiments.run_folder import open_folder, stage, write_json
+from experiments.run_folder import (
+    open_folder,
+    refuse_taken,
+    refuse_unwritable,
+    stage,
+    write_json,
+)
 from experiments.train_agent import log_frozen
 
 LOGS = {"training": ("training",), "decisions": ("decisions",), "both": ("training", "decisions")}
@@ -101,6 +109,10 @@ def main(cfg: DictConfig) -> None:
 
 def checked(cfg: DictConfig) -> None:
     """Refuse agents that do not learn from logs, and numbers that make no sense."""
+    refuse_targets(cfg.agent, "agent")
+    refuse_words(cfg.agent, "agent")
+    for name in cfg.baselines if OmegaConf.is_list(cfg.baselines) else ():
+        agent_config(name)
     if not getattr(hydra.utils.get_class(cfg.agent._target_), "offline", False):
         raise ValueError(
             f"agent={cfg.agent_name} does not learn from a log: choose behaviour_cloning, bcq, cql "
@@ -118,11 +130,8 @@ def checked(cfg: DictConfig) -> None:
         raise ValueError(f"seed must be below 2**31, got {cfg.seed}")
     if isinstance(cfg.baselines, str):
         raise ValueError(f"baselines must be a list, got {cfg.baselines!r}: baselines=[...]")
-    if cfg.out:
-        try:
-            Path(cfg.out).absolute().parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"out={cfg.out} cannot be written: {error.strerror}") from error
+    refuse_unwritable(cfg.out, "out", file=True)
+    refuse_taken(cfg.run_dir)
 
 
 def sources(cfg: DictConfig) -> tuple[Path, list[Path]]:

@@ -23,10 +23,11 @@ from torch.nn.functional import embedding_bag, softplus
 from encoders.state import EMPTY
 from simulators.base import Catalog, SimSpec
 from simulators.fit import fit_once, load_state, user_table
-from simulators.fitted import Assumptions, FittedSimulator, with_display
+from simulators.fitted import FittedSimulator, with_display
 from simulators.habits import Habits
 from simulators.preference import RECENT, ItemFacts, Preference
 from simulators.preference_fit import sample_pairs
+from simulators.settings import Assumptions, check_display, check_settings
 from simulators.trips import Trips
 
 FORMAT = 5  # of a saved fit; raised when its content or meaning changes
@@ -324,12 +325,9 @@ class BoostedSimulator:
         **assumed: Any,
     ) -> FittedSimulator:
         """Fit to the `window` days before the catalogue's cut, or find such a fit again."""
-        if not window > 0 or trees < 1:
-            raise ValueError(
-                "window must be above 0 days and trees at least 1, got "
-                f"window={window}, trees={trees}"
-            )
-        Assumptions(**assumed)  # a wrong one is refused before the work
+        check_settings({"window": window, "trees": trees} | assumed)  # before the work
+        if spec.logs is not None:
+            check_display(Assumptions(**assumed).exposure, spec.logs.name)
 
         def learn(trips: Trips, weight: np.ndarray, before: ItemFacts) -> Preference:
             model = boost_preference(trips, weight, before, trees=trees, seed=spec.seed)

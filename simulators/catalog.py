@@ -1,6 +1,8 @@
 """From a log before a cut to the `Catalog`: most bought products, texts, prices, vectors."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,8 +37,7 @@ def catalog_from_logs(
 
     Chosen, counted and encoded from events before the cut only. Made once per log and options.
     """
-    if size < 2 or dim < 2:
-        raise ValueError(f"env.catalog.size and dim must be at least 2, got size={size}, dim={dim}")
+    check_catalog({"size": size, "cut": cut, "dim": dim})
     as_of = logs.cut(cut)
     past = logs.before(as_of)
     key = f"catalog {FORMAT} {past.fingerprint()} {size} {as_of} {dim} {model} {seed}"
@@ -55,6 +56,18 @@ def catalog_from_logs(
         return described(past, ids, texts, vectors, as_of)
 
     return cached(key, make, save_catalog, load_catalog, what="the catalogue")
+
+
+def check_catalog(settings: Mapping[str, Any]) -> None:
+    """Refuse what no catalogue can be; each message begins with the name of its setting."""
+    for name in ("size", "dim"):
+        if name in settings and settings[name] < 2:
+            raise ValueError(f"{name} must be at least 2, got {settings[name]}")
+    if "cut" in settings and not 0.0 < settings["cut"] < 1.0:
+        raise ValueError(
+            f"cut must be a share of the time span inside (0, 1), got {settings['cut']}: .9 keeps "
+            "the last tenth to judge with"
+        )
 
 
 def described(

@@ -38,6 +38,7 @@ from simulators.exposure_features import (
 from simulators.fit import moment
 from simulators.funnel import Funnel, fit_funnel
 from simulators.impressions import Impressions, impressions_from_logs, user_table
+from simulators.settings import check_settings
 from sources.cache import cached
 from sources.logs import Logs
 
@@ -101,14 +102,10 @@ class ExposureSimulator:
         `behaviours` are answers to events `impression`, all of the log if None; `gap` minutes
         without an impression end a session. A fit is found again by the content that goes in.
         """
+        check_settings({"gap": gap, "hidden": hidden, "epochs": epochs})
         if spec.logs is None or spec.catalog is None:
             raise ValueError(
                 "users fitted to impressions need logs and a catalogue, got none: env.data is null"
-            )
-        if not gap > 0 or epochs < 1 or hidden < 1:
-            raise ValueError(
-                "gap must be above 0 minutes, epochs and hidden at least 1, got "
-                f"gap={gap}, epochs={epochs}, hidden={hidden}"
             )
         catalog = spec.catalog.to("cpu")
         logs = spec.logs.before(moment(catalog.as_of))

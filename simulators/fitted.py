@@ -16,8 +16,7 @@ weeks with other prices told (prices.py), what is bought; without it all costs w
 A product shown is judged as if the household were shopping alone: the choice among K is a logit.
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,40 +35,12 @@ from simulators.habits import Habits
 from simulators.offers import with_offers
 from simulators.preference import Preference
 from simulators.preference_fit import fit_preference
+from simulators.settings import Assumptions, check_display, check_settings
 
 FORMAT = 7  # of a saved fit; raised when its content or meaning changes
 BASKET = 40  # M: purchases of one trip; a household with a full basket goes home
 DESCRIBED = 20_000  # users of a table up to which all are described once and kept: 0.2 GB
 CHUNK = 2048  # described at once
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What purchases cannot tell; satiation they can: None takes it from the log."""
-
-    patience: float = 0.1
-    satiation: float | None = None
-    drift: float = 0.0
-    exposure: float | str = 0.0  # or "display"
-    position: float = 0.0
-    choice: str = "logit"
-    trips: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.patience <= 1.0:
-            raise ValueError(f"patience must be a probability in [0, 1], got {self.patience}")
-        if self.trips < 1:
-            raise ValueError(f"trips must be at least 1, got {self.trips}")
-        if self.choice not in ("logit", "independent", "cascade"):
-            raise ValueError(f"choice must be logit, independent or cascade, got {self.choice!r}")
-        for name in ("satiation", "drift", "exposure", "position"):
-            value = getattr(self, name)
-            if name == "exposure" and isinstance(value, str):
-                if value != "display":
-                    raise ValueError(f"exposure must be a number or display, got {value!r}")
-                continue
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value}")
 
 
 class FittedSimulator:
@@ -136,12 +107,10 @@ class FittedSimulator:
         `offers` names a table of today's prices, `assumed` are the fields of `Assumptions`. A fit
         is kept and found again by the content of all that goes in.
         """
-        if not window > 0 or epochs < 1 or hidden < 1 or members < 1:
-            raise ValueError(
-                "window must be above 0 days, epochs, hidden and members at least 1, got "
-                f"window={window}, epochs={epochs}, hidden={hidden}, members={members}"
-            )
-        Assumptions(**assumed)  # a wrong one is refused before the work
+        given = {"window": window, "epochs": epochs, "hidden": hidden, "members": members}
+        check_settings(given | assumed)  # what is wrong is refused before the work
+        if spec.logs is not None:
+            check_display(Assumptions(**assumed).exposure, spec.logs.name)
         if spec.bootstrap:  # a bootstrap sample is one member of an ensemble already
             members = 1
         learn = partial(
@@ -384,12 +353,7 @@ def with_display(habits: Habits, spec: SimSpec, assumed: Assumptions) -> Habits:
 
     assert spec.logs is not None
     assert spec.catalog is not None
-    if spec.logs.name != "complete_journey":
-        raise ValueError(
-            f"exposure=display: {spec.logs.name} comes with no table of promotions that says what "
-            "was displayed where: measure yours with simulators.promotions.display_lift(logs, "
-            "promotions, items) and give its log_shift as the number exposure= (docs/promotions.md)"
-        )
+    check_display(assumed.exposure, spec.logs.name)
     past = spec.logs.before(moment(spec.catalog.as_of))
     return replace(habits, display=fit_display_lift(past, spec.catalog.ids).log_shift)
 

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from encoders.state import EMPTY
 from experiments import bench, cli, env_speed
-from simulators.fitted import Assumptions
+from simulators.settings import Assumptions
 
 ROOT = Path(__file__).resolve().parents[1]
 

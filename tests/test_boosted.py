@@ -303,7 +303,7 @@ def test_trees_of_very_many_trips_are_grown_on_some_of_them(shop, shelf, quick, 
 
 @pytest.mark.parametrize("wrong", [{"window": 0.0}, {"window": float("nan")}, {"trees": 0}])
 def test_a_fit_of_nothing_is_refused(shop, shelf, wrong):
-    with pytest.raises(ValueError, match="window must be above 0 days and trees at least 1"):
+    with pytest.raises(ValueError, match=r"window must be above 0 days|trees must be at least 1"):
         BoostedSimulator.fit(SimSpec(shop, shelf), **wrong)
 
 

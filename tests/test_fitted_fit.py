@@ -10,6 +10,7 @@ import torch
 from fitted_users import at, same_tensors
 from synthetic import after_cut_replaced
 
+import simulators.fitted
 from encoders.state import EMPTY
 from simulators.base import SimSpec
 from simulators.fit import STARTS, item_facts, moment, starting_points, usual_gap
@@ -21,10 +22,19 @@ QUICK = {"window": 100.0, "epochs": 1, "hidden": 8}
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"window": 0.0}, {"window": float("nan")}, {"epochs": 0}, {"hidden": 0}]
+    ("wrong", "said"),
+    [
+        ({"window": 0.0}, "window must be above 0 days, got 0.0"),
+        ({"window": float("nan")}, "window must be above 0 days, got nan"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"hidden": 0}, "hidden must be at least 1, got 0"),
+        ({"members": 0}, "members must be at least 1, got 0"),
+        ({"exposure": "display"}, "comes with no table of promotions"),
+    ],
 )
-def test_a_fit_of_nothing_is_refused(shop, shelf, wrong):
-    with pytest.raises(ValueError, match="window must be above 0"):
+def test_a_fit_of_nothing_is_refused_before_the_work(shop, shelf, wrong, said, monkeypatch):
+    monkeypatch.setattr(simulators.fitted, "fit_once", None)  # not reached
+    with pytest.raises(ValueError, match=said):
         FittedSimulator.fit(SimSpec(shop, shelf), **wrong)
 
 

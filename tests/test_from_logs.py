@@ -16,8 +16,9 @@ from experiments.from_logs import first_trips, from_logs, gate_line, remember_ga
 from experiments.prepare import JUDGES, prepare
 from simulators.base import SimSpec
 from simulators.fit import moment
-from simulators.fitted import Assumptions, FittedSimulator
+from simulators.fitted import FittedSimulator
 from simulators.gate import Check
+from simulators.settings import Assumptions
 from simulators.trips import Trips, trips_from_logs
 from sources.logs import Logs, Roles
 
@@ -43,6 +44,7 @@ def config(data: str = "synthetic.load", **changes: object) -> DictConfig:
                 "epochs": 1,
                 "hidden": 8,
             },
+            "session": {"slate_size": 1, "max_steps": 5},
         },
     }
     return OmegaConf.merge(cfg, changes)

@@ -44,6 +44,12 @@ def test_users_that_break_the_contract_are_refused_in_plain_words(name):
     assert FAULTS[name][1] in str(refused.value)
 
 
+def test_one_user_is_too_few_to_judge_with_and_said_before_any_training():
+    cfg = config("simulators.worlds.TinyWorld", items=20, households=1)
+    with pytest.raises(ValueError, match=r"TinyWorld, which has 1 user to judge with; intervals"):
+        prepare.prepare(cfg, "cpu")
+
+
 def test_right_users_are_passed_in_one_line():
     worlds = prepare.prepare(config("test_plug_in_check.right"), "cpu")
     (line,) = [note for note in worlds.notes if "check" in note]
@@ -80,10 +86,11 @@ def test_a_plug_in_may_stand_in_the_place_of_a_yaml_s_users(monkeypatch, tmp_pat
     train_agent.main()
     assert "oracle" in capsys.readouterr().out
     typed = [w.replace("simulators.worlds.TinyWorld", "test_plug_in_check.faulty") for w in typed]
-    monkeypatch.setattr(sys, "argv", ["train_agent.py", *typed, "+env.simulator.name=raises"])
+    words = [*typed[:-1], f"run_dir={tmp_path / 'other'}", "+env.simulator.name=raises"]
+    monkeypatch.setattr(sys, "argv", ["train_agent.py", *words])
     with pytest.raises(SystemExit):
         train_agent.main()
-    assert "unexpected keyword argument" in capsys.readouterr().err  # of tiny's own settings
+    assert "test_plug_in_check.faulty takes no 'items'" in capsys.readouterr().err  # tiny's own
 
 
 def test_the_kit_is_quick_where_it_is_asked_to_be():

@@ -222,7 +222,8 @@ def test_a_checkpoint_of_another_catalogue_is_refused(
         ("num_envs=1.5", "num_envs must be a whole number"),
         ("device=tpu", "device must be auto, cpu or cuda, got 'tpu'"),
         ("agent.gamma=7", "gamma"),
-        ("+agent.gama=1", "unexpected keyword argument 'gama'"),
+        ("+agent.gama=1", "agents.dqn.DQN takes no 'gama', did you mean 'gamma'?"),
+        ("agent._target_=agents.dqn.DQNN", "agents.dqn has no 'DQNN', did you mean 'DQN'?"),
         ("env.session.slate_size=100", "slate"),
         ("baselines=[randm]", "there is no agent 'randm', did you mean 'random'?; there are: "),
         ("checkpoint=nowhere", "no checkpoint in nowhere"),
@@ -306,7 +307,7 @@ def test_points_of_the_curves_are_of_the_episodes_that_ended(tmp_path: Path) -> 
         (["seed=99999999999"], "seed must be below"),
         (["baselines=popularity"], "baselines must be a list"),
         (["out=/proc/nope/x.json"], "out=/proc/nope/x.json cannot be written"),
-        (["env.session.reward.path=envs.rewards.unts"], "PYTHONPATH"),
+        (["env.session.reward.path=envs.rewards.unts"], "has no 'unts', did you mean 'units'?"),
     ],
 )
 def test_bad_words_are_refused_and_nothing_is_touched(
