@@ -20,7 +20,7 @@ from encoders.items import interactions
 from encoders.text import TextEncoder
 from envs.excluded import Excluded, refuse_unknown
 from envs.rewards import Margin, Reward, Weighted, revenue, units
-from experiments.early import rules_of
+from experiments.early import rules_of, under
 from experiments.prepare import JUDGES, ReplayTrips, Worlds, plug_in_note
 from experiments.run_folder import stage, write_text
 from simulators.base import Catalog, SimSpec, UserSimulator, UserTable
@@ -56,7 +56,8 @@ def from_logs(cfg: DictConfig, device: str) -> Worlds:
         catalog: Catalog = instantiate(cfg.env.catalog, logs, device=device, progress=cfg.progress)
         print(coverage_line(logs, catalog), flush=True)
     if isinstance(reward, Margin):
-        reward.of(catalog)  # an item without a margin is known by now
+        with under("env.session."):
+            reward.of(catalog)  # an item without a margin is known by now
     if not describes_users(cfg):
         refuse_strangers(logs, catalog)
     rules = rules_of(cfg)
@@ -121,8 +122,9 @@ def refuse_unrewarded(cfg: DictConfig, logs: Logs) -> Reward | Margin:
     reward: Reward | Margin = instantiate(cfg.env.session.get("reward"), _convert_="all") or units
     if describes_users(cfg):
         if isinstance(reward, Weighted):
-            said = logs.events["behaviour"].unique()
-            reward.check({str(b) for b in said} - {cfg.env.simulator.impression})
+            said = {str(b) for b in logs.events["behaviour"].unique()}
+            with under("env.session."):
+                reward.check(said - {cfg.env.simulator.impression})
         return reward
     priced = "price" in logs.events and bool(logs.events["price"].notna().any())
     if reward is revenue and not priced:

@@ -129,3 +129,8 @@ def too_early() -> Logs:
     frame = plain(days=40)
     late = frame.iloc[[0]].assign(time=pd.Timestamp("2026-01-01"))
     return Logs.create(pd.concat([frame, late]), name="too early")
+
+
+def unreached(*given, **settings):
+    """Stand in for work that must not begin."""
+    raise AssertionError("it was too late to refuse")

@@ -164,7 +164,25 @@ def test_a_rule_is_held_against_the_whole_log_before_the_fits(place, monkeypatch
     assert "rule.csv: 2 of 5 users are not known, the first ['500', '501']" in said
 
 
-def test_money_without_prices_is_refused(place, monkeypatch, capsys):
+def test_an_item_without_a_margin_is_known_before_the_fits(place, monkeypatch, capsys):
+    monkeypatch.setattr(experiments.from_logs, "fit_all", None)  # not reached
+    table = place / "margins.csv"
+    table.write_text("item,margin\n" + "".join(f"{i},1\n" for i in range(39)))
+    config(place, "bare")
+    env = OmegaConf.load(place / "env" / "bare.yaml")
+    env.session.reward = {"_target_": "envs.rewards.Margin", "path": str(table)}
+    OmegaConf.save(env, place / "env" / "margins.yaml")
+    words = ["--config-dir", str(place), "env=margins", *TRAIN, "run_dir=runs/never"]
+    monkeypatch.setattr(sys, "argv", ["train_agent.py", *words])
+    with pytest.raises(SystemExit):
+        train_agent.main()
+    said = capsys.readouterr().err
+    assert "env.session.reward: " in said
+    assert "for every item of the catalogue, 1 of 40 have none" in said
+
+
+def test_money_without_prices_is_refused_before_any_text_is_encoded(place, monkeypatch, capsys):
+    monkeypatch.setattr(simulators.catalog, "catalog_from_logs", bad_logs.unreached)
     with pytest.raises(SystemExit):
         run(place, monkeypatch, "bare", "env.session.reward.path=envs.rewards.revenue",
             "run_dir=runs/never")  # fmt: skip

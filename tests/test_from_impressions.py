@@ -1,9 +1,11 @@
 """From a log of impressions to worlds: judges are other users, as they come after the cut."""
 
+import bad_logs
 import feeds
 import pytest
 from test_from_logs import config, no_bert
 
+import simulators.catalog
 from experiments.prepare import prepare
 from simulators.exposed import ExposureSimulator
 from simulators.fit import moment
@@ -41,3 +43,13 @@ def test_there_are_no_trips_to_replay_and_the_gate_has_not_been_asked(worlds):
 def test_agents_meet_profiles_of_one_width(worlds):
     widths = {world.users.profile.shape[1] for world in (worlds.train, *worlds.test)}
     assert len(widths) == 1
+
+
+def test_a_reward_of_answers_that_the_log_lacks_is_refused_before_the_encoding(monkeypatch):
+    cfg = config("feeds.feed", evaluators=2)
+    cfg.env.simulator = SIMULATOR
+    weigh = {"_target_": "envs.rewards.Weighted", "weights": {"clik": 1.0}}
+    cfg.env.session.reward = weigh
+    monkeypatch.setattr(simulators.catalog, "catalog_from_logs", bad_logs.unreached)
+    with pytest.raises(ValueError, match=r"session.reward weights name \['clik'\].*are \['click"):
+        prepare(cfg, "cpu")
