@@ -127,6 +127,21 @@ def test_what_stands_and_falls_with_the_log_s_kind_is_refused_for_it():
         early.refuse_early(config("kuairand", simulator__behaviours=["click"]))
 
 
+class TheirOwn:
+    """Users of somebody else's code, who do what they are told to when they are made."""
+
+    behaviours = ("buy",)
+
+
+def test_what_users_of_others_do_is_left_for_them_to_say():
+    reward = {"_target_": "envs.rewards.Weighted", "weights": {"click": 1.0}}
+    env = config("tiny", session__reward=reward)
+    with pytest.raises(ValueError, match="weights name"):
+        early.refuse_early(env)
+    env.env.simulator = {"_target_": "test_early.TheirOwn"}
+    early.refuse_early(env)
+
+
 def test_a_table_of_margins_is_looked_at(tmp_path):
     table = tmp_path / "margins.csv"
     reward = {"_target_": "envs.rewards.Margin", "path": str(table)}
