@@ -121,15 +121,20 @@ def parse_times(
     return parsed.astype("datetime64[ns]")
 
 
+def comma_hint(column: pd.Series) -> str:
+    """What to do if text that should be numbers is numbers with a decimal comma, else nothing."""
+    known = column.dropna().astype("str")
+    text = known[pd.to_numeric(known, errors="coerce").isna()]
+    return COMMA if len(text) and text.str.fullmatch(DECIMAL_COMMA).all() else ""
+
+
 def numbers(column: pd.Series, where: str) -> pd.Series:
     """A column (n,) as float64; text is refused, never turned into missing values."""
     if not pd.api.types.is_numeric_dtype(column):
         text = pd.to_numeric(column, errors="coerce").isna().to_numpy() & column.notna().to_numpy()
         if text.any():
-            comma = column[text].astype("str").str.fullmatch(DECIMAL_COMMA).all()
-            raise ValueError(
-                f"{where} must be numbers, got {sample(text, column)}{COMMA if comma else ''}"
-            )
+            hint = comma_hint(column[text])
+            raise ValueError(f"{where} must be numbers, got {sample(text, column)}{hint}")
         column = pd.to_numeric(column)
     return pd.Series(column.to_numpy(dtype="float64", na_value=np.nan), index=column.index)
 

@@ -33,6 +33,7 @@ from sources.checks import (
     REQUIRED,
     Unit,
     closest,
+    comma_hint,
     numbers,
     parse_times,
     require_columns,
@@ -238,7 +239,7 @@ def _read_file(file: Path, about: dict[str, Any], texts: list[str]) -> pd.DataFr
     if file.suffix.lower() in (".parquet", ".pq"):
         return pd.read_parquet(file)
     try:
-        return pd.read_csv(
+        frame = pd.read_csv(
             file,
             sep=about.get("separator", ","),
             decimal=about.get("decimal", "."),
@@ -252,6 +253,12 @@ def _read_file(file: Path, about: dict[str, Any], texts: list[str]) -> pd.DataFr
         LookupError,
     ) as error:
         raise ValueError(f"{file} cannot be read ({error}): check separator and encoding") from None
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes what is too much for labels
+        raise ValueError(
+            f"{file}: its lines have more fields than its first line names columns: a number such "
+            "as 3,50 must stand in quotes or between other separators, and no line may end in one"
+        )
+    return frame
 
 
 def _kept(column: pd.Series, rule: dict[str, Any], where: str) -> np.ndarray:
@@ -267,7 +274,9 @@ def _kept(column: pd.Series, rule: dict[str, Any], where: str) -> np.ndarray:
         if "max" in rule:
             keep &= (column <= rule["max"]).fillna(False).to_numpy(dtype=bool)
     except TypeError:
-        raise ValueError(f"{where}: {rule} cannot be compared with {column.dtype} values") from None
+        raise ValueError(
+            f"{where}: {rule} cannot be compared with {column.dtype} values{comma_hint(column)}"
+        ) from None
     return keep
 
 

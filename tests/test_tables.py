@@ -129,6 +129,10 @@ def test_ids_become_numbers_only_if_they_are_in_every_table(shop):
             {"events__decimal": "."},
             r"events.price must be numbers.*1,50.*say decimal: \",\" beside the file",
         ),
+        (
+            {"events__decimal": ".", "events__keep": {"unit_price": {"min": 1.0}}},
+            r"keep.unit_price: .* cannot be compared with str values.*say decimal: \",\" beside",
+        ),
     ],
 )
 def test_mistakes_in_the_yaml_are_named_with_a_way_out(shop, changes, message):
@@ -157,6 +161,14 @@ def test_headers_are_read_as_pandas_reads_them(tmp_path):
                                                                     "Unnamed: 3"]  # fmt: skip
     pd.DataFrame({"q": [1], "r": [2]}).to_parquet(tmp_path / "x.parquet")
     assert headers.header(tmp_path / "x.parquet", {}, "events") == ["q", "r"]
+
+
+def test_lines_with_more_fields_than_columns_are_refused_not_shifted(shop):
+    sales = shop.folder / "sales.csv"
+    head, *lines = sales.read_text().splitlines()
+    sales.write_text("\n".join([head, *(f"{line};" for line in lines)]))
+    with pytest.raises(ValueError, match=r"sales.csv: its lines have more fields than its first l"):
+        shop()
 
 
 def test_what_the_files_lack_is_said_before_any_is_read(shop, monkeypatch):
