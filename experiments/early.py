@@ -166,7 +166,8 @@ def refuse_pessimism(env: DictConfig) -> None:
     target = str(simulator.get("_target_"))
     sure = target == IMPRESSIONS or (target == TRIPS and simulator.get("members") == 1)
     if pessimism and sure:
-        why = "users fitted to impressions state none" if target == IMPRESSIONS else "one has none"
+        one = "env.simulator.members=1 has none"
+        why = "users fitted to impressions state none" if target == IMPRESSIONS else one
         raise ValueError(
             f"env.pessimism={pessimism} takes the doubt of an ensemble from the reward, {why}: "
             "leave env.pessimism at 0"

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.from_logs import summary
 from experiments.held_out import SPLITS, split_of
+from experiments.kinds import named
 from experiments.ranked import mean_rows, rank_models, tuned
 from experiments.run_folder import write_json
 from sources.logs import Logs
@@ -157,7 +158,9 @@ def checked(cfg: DictConfig) -> None:
             f"data={cfg.data_name} needs a _target_ that gives Logs, and models: with a _target_ "
             "each, as experiments/conf/data/movielens.yaml has them"
         )
-    chosen_models(cfg)
+    named(str(cfg.data._target_), "data._target_")
+    for name, model in chosen_models(cfg).items():
+        named(str(model.get("_target_")), f"data.models.{name}._target_")
     if cfg.split == "cold" and (cfg.models is not None or cfg.repeats is not None or cfg.tune):
         raise ValueError("split=cold ranks new items by text: it takes seeds, seed and text only")
     if cfg.out and (Path(cfg.out).is_dir() or not Path(cfg.out).absolute().parent.is_dir()):

@@ -17,6 +17,7 @@ from experiments import (
     fit_simulator,
     policy_truth,
     prepare,
+    rank_baselines,
     train_agent,
     train_offline,
 )
@@ -98,7 +99,7 @@ REFUSED = [
     ({"pessimism": -1}, "env.pessimism must be a finite number of at least 0 .0: off., got -1"),
     (
         {"pessimism": 1.0, "simulator__members": 1},
-        "env.pessimism=1.0 takes the doubt of an ensemble.*give env.simulator.members=5",
+        "env.pessimism=1.0 takes the doubt.*members=1 has none.*give env.simulator.mem",
     ),
     ({"catalog__cut": 1.5}, r"env.catalog.cut must be a share of the time span inside \(0, 1\), g"),
     ({"catalog__size": 1}, "env.catalog.size must be at least 2, got 1"),
@@ -181,7 +182,11 @@ HOLDS = "holds a run already: choose another folder"
         (["train_agent"], ["early_stopping=2", "evaluators=1"], "got evaluators=1: at least 2"),
         (["train_offline"], ["run=TAKEN", "run_dir=TAKEN"], f"run_dir=TAKEN {HOLDS}"),
         (["train_offline"], ["run=TAKEN", "+agent.lrr=1"], "takes no 'lrr', did you mean 'lr'"),
-        (["evaluate_policies"], ["run_dir=TAKEN"], f"run_dir=TAKEN {HOLDS}"),
+        (
+            ["evaluate_policies"],
+            ["log=run", "log.path=no", "run_dir=TAKEN"],
+            f"run_dir=TAKEN {HOLDS}",
+        ),
         (["compare"], ["out_dir=TAKEN/config.yaml"], "out_dir=TAKEN/config.yaml cannot be writ"),
         (["compare"], ["out_dir=COMPARED", "agents=[dqn,random]"], "holds a run with another"),
         (["compare"], ["runs=TAKEN"], "runs=TAKEN holds no finished run"),
@@ -197,6 +202,16 @@ HOLDS = "holds a run already: choose another folder"
         (["fit_simulator"], ["window=0"], r"window must be above 0 days"),
         (["fit_simulator"], ["out=TAKEN/config.yaml"], "out=.* cannot be written"),
         (["fit_simulator"], ["data._target_=sources.complete_journey.lod"], "mean 'load'"),
+        (
+            ["rank_baselines"],
+            ["data=complete_journey", "data._target_=sources.complete_journey.lod"],
+            "data._target_=.*did you mean 'load'",
+        ),
+        (
+            ["rank_baselines"],
+            ["data=complete_journey", "data.models.ease._target_=agents.linear.EAS"],
+            "data.models.ease._target_=.*did you mean 'EASE'",
+        ),
         (["policy_truth"], ["cut=0"], "cut must be a share of the time span"),
         (["policy_truth"], ["fit.epochs=0"], "fit.epochs must be at least 1, got 0"),
         (["policy_truth"], ["out=TAKEN"], "out=TAKEN is a folder"),
@@ -208,7 +223,8 @@ def test_commands_refuse_before_the_log_is_read(
 ):
     main = {"train_agent": train_agent, "compare": compare, "check_simulator": check_simulator,
             "train_offline": train_offline, "fit_simulator": fit_simulator,
-            "policy_truth": policy_truth, "evaluate_policies": evaluate_policies}  # fmt: skip
+            "policy_truth": policy_truth, "evaluate_policies": evaluate_policies,
+            "rank_baselines": rank_baselines}  # fmt: skip
     taken, compared = tmp_path / "taken", tmp_path / "compared"
     taken.mkdir()
     (taken / "config.yaml").write_text("{}")
