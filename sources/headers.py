@@ -35,10 +35,11 @@ def check_headers(about: dict[str, Any], path: Path) -> None:
         have = columns_of(part, path.parent, where)
         for name, why in of_file + [pair for pair in named if pair[0] not in renamed]:
             if name not in have:
+                ours = f", or map it with columns: {{{name}: ITS NAME IN THE FILE}}"
                 raise ValueError(
                     f"{where} ({part['file']}) lacks the column '{name}' ({why}), it has {have}: "
-                    f"name the one that means it, or map it with columns: {{{name}: ITS NAME IN "
-                    f"THE FILE}}.{closest(name, have)}"
+                    f"name the one that means it{ours * ((name, why) in named)}."
+                    f"{closest(name, have)}"
                 )
     for role, names in about.get("roles", {}).items():
         table = "users" if role.startswith("user") else "items"

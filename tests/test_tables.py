@@ -89,7 +89,10 @@ def test_ids_become_numbers_only_if_they_are_in_every_table(shop):
         ({"roles__item_txt": ["title"]}, "roles has the unknown key 'item_txt'.*'item_text'"),
         ({"events__keep": {"qty": {"mni": 1}}}, "keep.qty has the unknown key 'mni'.*'min'"),
         ({"events__keep": {"qnt": {"min": 1}}}, "lacks the column 'qnt'.*keep.*Did you mean 'qty'"),
-        ({"events__columns__user": "custmer"}, "lacks the column 'custmer'.*user.*mean 'customer'"),
+        (
+            {"events__columns__user": "custmer"},
+            "'custmer' .mapped to user.*means it. Did you mean 'cust",
+        ),
         (
             {"events__file": "sale.csv"},
             "sale.csv, which does not exist: a path in the yaml is relative",
