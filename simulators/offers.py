@@ -10,6 +10,7 @@ from torch import Tensor
 
 from simulators.base import Catalog
 from simulators.prices import Elasticity
+from simulators.settings import check_offers
 from sources.checks import require_columns
 
 
@@ -20,8 +21,7 @@ def read_offers(path: str | Path, catalog: Catalog) -> tuple[Tensor, Tensor]:
     it), or both. Items that it does not name cost what they usually do.
     """
     file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"offers: there is no file {file}: give a CSV of item, price, discount")
+    check_offers(file)
     table = pd.read_csv(file, dtype="str")
     require_columns(table, ("item",), f"offers ({file})", "to say what is offered")
     if not {"price", "discount"} & set(table.columns):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 ABOVE_0 = {"window": "days", "gap": "minutes"}
@@ -46,7 +47,18 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     for name in AT_LEAST_1:
         if name in settings and settings[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {settings[name]}")
+    if settings.get("offers") is not None:
+        check_offers(settings["offers"])
     Assumptions(**{k: settings[k] for k in Assumptions.__dataclass_fields__ if k in settings})
+
+
+def check_offers(path: str | Path) -> None:
+    """Refuse a table of offers that is not there."""
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        raise ValueError(
+            f"offers must be a CSV file of item, and price, discount or both, got {path!r}: there "
+            "is no such file; give its path from where you are, or null for the usual prices"
+        )
 
 
 def check_display(exposure: float | str, log: str) -> None:

@@ -90,6 +90,7 @@ REFUSED = [
     ({"simulator__members": 0}, "env.simulator.members must be at least 1, got 0"),
     ({"simulator__window": -1.0}, "env.simulator.window must be above 0 days, got -1.0"),
     ({"simulator__exposure": "displays"}, "env.simulator.exposure must be a number or display, go"),
+    ({"simulator__offers": "none.csv"}, "env.simulator.offers must be a CSV file of item.*no such"),
     ({"simulator__choice": "logits"}, "env.simulator.choice must be logit, independent or casc"),
     ({"simulator__patience": 1.5}, r"env.simulator.patience must be a probability in \[0, 1\]"),
     (
