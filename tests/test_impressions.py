@@ -147,7 +147,7 @@ def everything_clicked(logs):
         (lambda x: x, {"behaviours": ("click", "click")}, "each once"),
         (lambda x: x, {"impression": "view"}, "no event is an impression 'view'"),
         (lambda x: x, {"gap": 0.0}, "gap must be above 0 minutes"),
-        (lambda x: x, {"hidden": 0}, "hidden at least 1"),
+        (lambda x: x, {"hidden": 0}, "hidden must be at least 1"),
         (lambda x: replace(x, events=x.events[:10]), {}, "are too few to fit users to|no answer"),
     ],
 )

@@ -69,7 +69,7 @@ def test_one_member_is_one_opinion_and_off(shop, shelf):
         SimSpec(shop, shelf, seed=3, bootstrap=True), window=120.0, epochs=1, hidden=8
     )
     assert again.preference.bias.shape == (60, 1)  # a member of an ensemble of fits itself
-    with pytest.raises(ValueError, match="members at least 1"):
+    with pytest.raises(ValueError, match="members must be at least 1"):
         FittedSimulator.fit(SimSpec(shop, shelf), members=0)
 
 

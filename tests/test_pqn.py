@@ -56,8 +56,8 @@ def test_a_slot_learns_its_own_reward_and_its_share_of_what_follows():
 
 
 def test_the_corridor_has_its_known_values():
-    agent = toy_pqn(epochs=8, steps=3840)
-    walk(agent, 60)
+    agent = toy_pqn(epochs=8, steps=7680)  # half as long is .02 to .06 off, by machine and seed
+    walk(agent, 120)
     q = agent.scores(toy_obs(torch.arange(STATES - 1)))
     assert q[:, 1].tolist() == pytest.approx(RIGHT, abs=0.02)
     left = [0.9 * RIGHT[max(s - 1, 0)] for s in range(STATES - 1)]

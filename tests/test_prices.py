@@ -177,7 +177,7 @@ def test_offers_that_cannot_be_read_are_refused(shelf, tmp_path, text, words):
 
 
 def test_offers_need_a_file_and_a_log_with_prices(shelf, fitted, tmp_path):
-    with pytest.raises(ValueError, match="offers must be a CSV file.*there is no such file"):
+    with pytest.raises(ValueError, match=r"offers must be a CSV file.*there is no such file"):
         read_offers(tmp_path / "none.csv", shelf)
     silent = replace(fitted.habits, elasticity=None)
     with pytest.raises(ValueError, match="does not tell how purchases answer to prices"):
