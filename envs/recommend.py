@@ -144,6 +144,7 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         self.time = self.simulator.users.start[self.user]  # (B,)
         draws = self.draws.at(self.user, self.episode, self.steps)
         self.state: UserState = self.simulator.start(self.user, draws)
+        self.mine: dict[str, Tensor] = {}  # what of the state nobody else has
         self.forbid()
         self.view = self._enter(self.user)
         self.fresh_board()
@@ -214,6 +215,7 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         self.seen = self._encoded(self.view)
         if any_done:
             info |= {"final_obs": self._out(self.seen), "_final_obs": done, "final_mask": self.mask}
+            self.mine = {k: v for k, v in self.mine.items() if not part_of(response, v)}
             self._restart(done.nonzero().squeeze(1))
         info["mask"] = self.mask
         told = self._told(info)
@@ -315,7 +317,7 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         user, episode = self._whom(self.rows[rows], self.turn[rows])  # (R,) each
         steps = torch.zeros_like(rows)  # (R,)
         fresh = self.simulator.start(user, self.draws.at(user, episode, steps))
-        self.state = {k: v.index_copy(0, rows, fresh[k]) for k, v in self.state.items()}
+        self.state = {k: self._replaced(k, rows, fresh[k]) for k in self.state}
         self.user = self.user.index_copy(0, rows, user)
         self.episode = self.episode.index_copy(0, rows, episode)
         self.steps = self.steps.index_copy(0, rows, steps)
@@ -328,6 +330,18 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         self.seen = (
             self._now() if self.encode is None else _merge(self.seen, rows, self.encode(view))
         )
+
+    def _replaced(self, name: str, rows: Tensor, fresh: Tensor) -> Tensor:
+        """The simulator's tensor `name` with rows (R,) from `fresh` (R, ...).
+
+        In place if this environment made it and the simulator only handed it on: any other may be
+        the simulator's own, or the same under another name.
+        """
+        held = self.state[name]
+        if held is self.mine.get(name):
+            return held.index_copy_(0, rows, fresh)
+        self.mine[name] = held.index_copy(0, rows, fresh)
+        return self.mine[name]
 
     def _blank(self, rows: Tensor) -> None:
         """Rows (R,) begin a trip: nothing was shown yet."""
@@ -348,6 +362,13 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         arrays: dict[str, Any] = to_numpy(info)
         # RecordEpisodeStatistics and Stable-Baselines3 keep their own record under "episode".
         return {"episode_id" if k == "episode" else k: v for k, v in arrays.items()}
+
+
+def part_of(response: Response, tensor: Tensor) -> bool:
+    """Whether the response tells memory of the state itself: what was told must stay as it is."""
+    rest = (response.organic, response.value, response.left, response.elapsed, response.uncertainty)
+    at = tensor.untyped_storage().data_ptr()
+    return any(x.untyped_storage().data_ptr() == at for x in (*response.chosen.values(), *rest))
 
 
 def _merge(old: Any, rows: Tensor, new: Any) -> Any:

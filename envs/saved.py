@@ -42,6 +42,7 @@ def restore_env(env: Any, state: dict[str, Any]) -> None:
     for name, value in state["rows"].items():
         setattr(env, name, here(value))
     env.state = {name: here(value) for name, value in state["users"].items()}
+    env.mine = {}
     env.view = Observation(**{name: here(value) for name, value in state["view"].items()})
     env.forbid()
     env.fresh_board()

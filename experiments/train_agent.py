@@ -178,7 +178,8 @@ def loop(agent: Agent, env: Any, watch: Watch, world: Arena, saved: Checkpoint |
     while watch.go_on:
         due = watch.checkpoint_next
         mask, time = info["mask"], env.time.clone()
-        truth = env.state if world.regret is not None else {}
+        # a copy: the step writes new users over those who leave
+        truth = {k: v.clone() for k, v in env.state.items()} if world.regret is not None else {}
         decision = agent.act(obs, mask)
         next_obs, reward, terminated, truncated, info = env.step(decision.slate)
         # environments of others cannot be saved: at a checkpoint their episodes begin anew
