@@ -27,6 +27,7 @@ from envs.spaces import observation_space, to_numpy, within
 from simulators.base import Response, UserSimulator, UserState
 from simulators.draws import Draws
 
+PAIRS = 64  # slots up to which comparing each with all above it is faster than a sort
 BOARD = 20_000  # up to so many items a (B, N) table of what was shown is cheaper than a search
 TURNS = 1 << 20  # episodes of one row before its numbers run into the next row's
 
@@ -252,9 +253,7 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _allowed(self, slate: Tensor) -> Tensor:
         """Which slots (B, K) show an item not shown on this trip before, nor higher up."""
-        ordered, order = slate.sort(dim=1, stable=True)  # (B, K) each: equal items side by side
-        again = (ordered == ordered.roll(1, dims=1)) & (self.slots > 0)  # (B, K)
-        higher = torch.empty_like(again).scatter_(1, order, again)  # (B, K)
+        higher = repeated(slate)  # (B, K)
         inside = (slate >= 0) & (slate < self.num_items)  # (B, K)
         if self.board is None:
             history = self._now().history  # (B, L)
@@ -362,6 +361,20 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         arrays: dict[str, Any] = to_numpy(info)
         # RecordEpisodeStatistics and Stable-Baselines3 keep their own record under "episode".
         return {"episode_id" if k == "episode" else k: v for k, v in arrays.items()}
+
+
+def repeated(slate: Tensor) -> Tensor:
+    """Which slots (B, K) show what a higher one shows too."""
+    if slate.shape[1] > PAIRS:
+        ordered, order = slate.sort(dim=1, stable=True)  # (B, K) each: equal items side by side
+        again = torch.zeros_like(slate, dtype=torch.bool)
+        again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+        return torch.empty_like(again).scatter_(1, order, again)
+    column = slate.T.contiguous()  # (K, B)
+    again = torch.zeros_like(column, dtype=torch.bool)
+    for slot in range(1, len(column)):
+        torch.any(column[:slot] == column[slot], dim=0, out=again[slot])
+    return again.T
 
 
 def part_of(response: Response, tensor: Tensor) -> bool:

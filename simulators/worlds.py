@@ -87,9 +87,7 @@ class TinyWorld:
         self.catalog = self.catalog.to(spec.device)
         self.truth = Truth(*(x.to(spec.device) for x in (tastes, bias, gap, every)))
         self.users = self._grow_up(people)
-        widest = int((self.users.past != EMPTY).sum(dim=1).max()) + (trips - 1) * BASKET
-        columns = (self.users.past, self.users.past_count, self.users.past_age)  # EMPTY comes first
-        self.memory = tuple(x[:, -widest:].contiguous() for x in columns)  # all that can be in use
+        self.memory = (self.users.past, self.users.past_count, self.users.past_age)
 
     def start(self, users: Tensor, draws: Draws) -> UserState:
         """Rows of `users` (B,) to the state of B households who enter."""
@@ -200,6 +198,9 @@ class TinyWorld:
         recent, past = torch.where(count > 0, -age, -torch.inf).topk(size, dim=1)  # (U, H) each
         past, order = past.masked_fill(recent == -torch.inf, EMPTY).sort(dim=1)  # by item
         age, count = -recent.gather(1, order), count.gather(1, past.clamp(min=0))  # (U, H) each
+        # what nobody ever uses would only be copied about; EMPTY comes first
+        used = int((past != EMPTY).sum(dim=1).max()) + (self.trips - 1) * BASKET
+        past, count, age = (x[:, -used:].contiguous() for x in (past, count, age))  # (U, H) each
         never = past == EMPTY  # (U, H)
         hint = truth.taste[:, :HINT].cpu() + 0.7 * torch.randn(
             num_users, min(HINT, truth.taste.shape[1]), generator=generator
