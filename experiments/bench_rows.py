@@ -4,19 +4,31 @@ Rates are work per second of CPU time of this process, since only ratios within 
 machine that others use too; on a GPU they are per second of wall time, its queue emptied first.
 """
 
-import resource
+import importlib.util
+import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 Row = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[1]
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS")
+KEYS = (
+    "bench", "case", "unit", "product", "low", "high", "repeats", "wall", "peer_name", "peer",
+    "peer_goal", "ratio_to_peer", "limit_name", "limit", "limit_goal", "ratio_to_limit",
+    "absolute", "memory_mib", "curve", "at",
+)  # fmt: skip
 Work = Callable[[], int]  # does some work and says how many units of it
 MIB = 1 << 20
+INSTALL = "pip install 'recplay[bench]'"
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,11 @@ class Speed:
     def rate(self) -> float:
         """The median window's."""
         return statistics.median(self.cpu)
+
+
+def fixed(*numbers: float) -> Speed:
+    """Numbers that were not taken in windows: one each for a repetition."""
+    return Speed(numbers, numbers)
 
 
 def in_turn(
@@ -78,13 +95,15 @@ def row(
     limit: Speed | float | None = None,
     limit_name: str | None = None,
     limit_goal: float | None = None,
+    absolute: bool = False,
     memory_mib: float | None = None,
     curve: str | None = None,
     at: float | None = None,
 ) -> Row:
     """One row: medians, spread, ratios, and the goals they are held against.
 
-    A row that is a point of a curve names the `curve` and where on its axis it lies, `at`.
+    A row that is a point of a curve names the `curve` and where on its axis it lies, `at`. A limit
+    that is so many seconds or bytes, whatever the machine, is `absolute`.
     """
     other = peer.rate if peer else None
     bound = limit.rate if isinstance(limit, Speed) else limit
@@ -96,7 +115,7 @@ def row(
         "ratio_to_peer": product.rate / other if other else None,
         "limit_name": limit_name, "limit": bound, "limit_goal": limit_goal,
         "ratio_to_limit": product.rate / bound if bound else None,
-        "memory_mib": memory_mib, "curve": curve, "at": at,
+        "absolute": absolute, "memory_mib": memory_mib, "curve": curve, "at": at,
     }  # fmt: skip
 
 
@@ -127,7 +146,7 @@ def line(found: Row) -> str:
             said += f"; {short(ratio)} x {found[f'{side}_name']} ({short(found[side])})"
             said += f", goal {goal:g}" if goal is not None else ""
         elif found[f"{side}_name"]:
-            said += f"; {found[f'{side}_name']}: not here"
+            said += f"; {found[f'{side}_name']}: not here, {INSTALL}"
     if found["memory_mib"] is not None:
         said += f"; {found['memory_mib']:,.0f} MiB"
     verdict = reached(found)
@@ -140,6 +159,37 @@ def short(x: float) -> str:
 
 
 def peak_mib() -> float:
-    """The most memory this process ever had, MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / MIB if sys.platform == "darwin" else peak / 1024
+    """The most memory this process has held, MiB, its parent's not counted, as rusage does."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        words = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return float(words.split()[1]) / 1024
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / MIB if sys.platform == "darwin" else most / 1024
+
+
+def forget_peak() -> None:
+    """Let `peak_mib` begin anew where the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # then what was needed to get there is counted too
+
+
+def installed(module: str) -> bool:
+    """Whether a peer is here."""
+    return importlib.util.find_spec(module) is not None
+
+
+def alone(module: str, case: str, size: Mapping[str, Any]) -> Any:
+    """What `python -m experiments.MODULE CASE SIZE` prints as JSON: a fresh process, one thread."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{module}", case, json.dumps(size)],
+        capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, **dict.fromkeys(THREADS, "1")},
+    )  # fmt: skip
+    if done.returncode:
+        raise ValueError(f"case {case} failed: {done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -137,7 +137,9 @@ class BareStep:
     @staticmethod
     def uniform(key: Tensor, slot: Tensor) -> Tensor:
         """(B, K) in (0, 1) from keys (B, 1) and salted slots (B, K), as `Draws` has them."""
-        bits = splitmix64(slot.bitwise_xor(key)).bitwise_right_shift_(41).bitwise_and_((1 << 23) - 1)
+        bits = (
+            splitmix64(slot.bitwise_xor(key)).bitwise_right_shift_(41).bitwise_and_((1 << 23) - 1)
+        )
         return bits.float().add_(0.5).div_(1 << 23)
 
 
