@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS")
@@ -73,6 +71,8 @@ def window(work: Work, seconds: float, device: str) -> tuple[float, float]:
     done = 0
     cuda = device.startswith("cuda")
     if cuda:
+        import torch  # not above: evaluator's processes are to be as small as users' are
+
         torch.cuda.synchronize()
     wall, cpu = time.perf_counter(), time.process_time()
     while not done or time.perf_counter() - wall < seconds:
