@@ -5,6 +5,7 @@ Double (van Hasselt et al., 2016), dueling (Wang et al., 2016), n-step, prioriti
 """
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,12 @@ from torch import Tensor
 
 from agents.base import AgentSpec, Decision, Mask, Transition, allowed_items
 from agents.checks import check_finite, check_loss, not_negative, positive, share, whole
-from agents.explore import epsilon_greedy_probs, epsilon_greedy_slate, epsilon_greedy_slate_probs
+from agents.explore import (
+    epsilon_greedy_probs,
+    epsilon_greedy_slate,
+    epsilon_greedy_slate_probs,
+    row_blocks,
+)
 from agents.nets import QNet, Seen
 from agents.priorities import Priorities
 from agents.replay import Replay
@@ -28,17 +34,27 @@ from agents.saving import (
 from agents.schedules import check_schedule, linear, lr_at, set_lr
 from encoders.state import EMPTY, Observation
 
+NEAR = 2**19  # values of what comes next that are held at once: 2 MB
 
-def next_value(q: Tensor, choose: Tensor, allowed: Tensor, k: int) -> Tensor:
+
+def next_value(q: Tensor, choose: Tensor, allowed: Tensor | None, k: int) -> Tensor:
     """Values, choosing values, allowed (B, N) each, to the mean value (B,) of the K items chosen.
 
     Values may be quantiles (B, N, Q), then the mean has them (B, Q). Double Q-learning (van Hasselt
     et al., 2016) when `choose` comes from another net than `q`. Where fewer than K are allowed the
     missing slots are worth nothing.
     """
-    best = choose.masked_fill(~allowed, -torch.inf).topk(min(k, q.shape[1]), dim=1).indices
-    chosen = torch.take_along_dim(q, _like(best, q), dim=1)  # (B, K) or (B, K, Q)
-    return (chosen * _like(allowed.gather(1, best), q)).mean(dim=1)
+    best, real = next_slate(choose, allowed, k)  # (B, K) each
+    return (torch.take_along_dim(q, _like(best, q), dim=1) * _like(real, q)).mean(dim=1)
+
+
+def next_slate(choose: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """Choosing values and allowed (B, N) to the K best (B, K), and which of them are allowed."""
+    if allowed is not None:
+        choose = torch.where(allowed, choose, -torch.inf)
+    best = choose.topk(min(k, choose.shape[1]), dim=1).indices  # (B, K)
+    real = torch.ones_like(best, dtype=torch.bool) if allowed is None else allowed.gather(1, best)
+    return best, real
 
 
 def slot_targets(slot_return: Tensor, discount: Tensor, value: Tensor) -> Tensor:
@@ -80,7 +96,7 @@ def optimizer_of(net: QNet, lr: float, shrink: float) -> torch.optim.Optimizer:
     held = {id(p) for p in personal}
     rest = [p for p in net.parameters() if id(p) not in held]
     groups = [{"params": personal, "weight_decay": shrink}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 def check_priority(priority: float, total: int | None) -> None:
@@ -171,23 +187,38 @@ class DQN:
         return self._mean(self.target(obs))
 
     def act(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Decision:
-        epsilon = self.epsilon if explore else 0.0
-        allowed = self._allowed(obs, mask)
-        return epsilon_greedy_slate(
-            self.scores(obs), allowed, self.spec.slate_size, epsilon, self.generator
+        epsilon, k = self.epsilon if explore else 0.0, self.spec.slate_size
+        made = [
+            epsilon_greedy_slate(q, allowed, k, epsilon, self.generator)
+            for _, q, allowed in self._blocks(obs, mask)
+        ]
+        return Decision(
+            torch.cat([part.slate for part in made]), torch.cat([part.propensity for part in made])
         )
 
     def slate_probs(
         self, obs: Observation, mask: Mask, slate: Tensor, *, explore: bool = True
     ) -> Tensor:
         epsilon = self.epsilon if explore else 0.0
-        return epsilon_greedy_slate_probs(
-            self.scores(obs), self._allowed(obs, mask), slate, epsilon
-        )
+        return torch.cat([
+            epsilon_greedy_slate_probs(q, allowed, slate[rows], epsilon)
+            for rows, q, allowed in self._blocks(obs, mask)
+        ])  # fmt: skip
 
     def action_probs(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Tensor:
         epsilon = self.epsilon if explore else 0.0
-        return epsilon_greedy_probs(self.scores(obs), self._allowed(obs, mask), epsilon)
+        return torch.cat([
+            epsilon_greedy_probs(q, allowed, epsilon)
+            for _, q, allowed in self._blocks(obs, mask)
+        ])  # fmt: skip
+
+    @torch.no_grad()
+    def _blocks(self, obs: Observation, mask: Mask) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows, the order of their items (b, N) and what is allowed (b, N): never all users'."""
+        shop = self.target.ranking_shop()
+        for rows in row_blocks(len(obs), self.spec.num_items * self.net.quantiles):
+            q = self._mean(self.target.ranking(self.target.read(obs[rows]), shop))  # (b, N)
+            yield rows, q, self._allowed(obs[rows], None if mask is None else mask[rows])
 
     def update(self, transition: Transition) -> dict[str, Tensor]:
         """Remember a step of B users, then make the gradient steps that it has earned."""
@@ -224,8 +255,12 @@ class DQN:
         sample = self.replay.at(place)
         batch = sample.transition
         slate, real = batch.decision.slate, batch.decision.slate != EMPTY  # (B, K)
-        allowed = allowed_items(
-            batch.next_mask, len(slate), self.spec.num_items, slate.device, may_be_empty=True
+        allowed = (
+            None
+            if batch.next_mask is None
+            else allowed_items(
+                batch.next_mask, len(slate), self.spec.num_items, slate.device, may_be_empty=True
+            )
         )  # (B, N); who has left may have seen everything
         seen, later = self.net.read(batch.obs), self.net.read(batch.next_obs)
         q, target = self.values_and_targets(
@@ -245,9 +280,9 @@ class DQN:
 
         self.updates += 1
         with torch.no_grad():
-            pairs = zip(self.target.parameters(), self.net.parameters(), strict=True)
-            for slow, fast in pairs:
-                slow.lerp_(fast, self.tau)
+            torch._foreach_lerp_(
+                list(self.target.parameters()), list(self.net.parameters()), self.tau
+            )
         q, target = self._mean(q.detach()), self._mean(target)  # (B, K)
         error = (q - target).abs()  # (B, K)
         if self.priorities is not None:
@@ -262,17 +297,29 @@ class DQN:
         }
 
     def _both(
-        self, seen: Seen, later: Seen, slate: Tensor, allowed: Tensor,
+        self, seen: Seen, later: Seen, slate: Tensor, allowed: Tensor | None,
         slot_return: Tensor, discount: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Values of what was shown and their targets, (B, K) or (B, K, Q) each."""
         with torch.no_grad(), self._precision():
-            after = self.target.values(later)  # (B, N) or (B, N, Q)
-            choose = self._mean(self.net.values(later) if self.double else after)  # (B, N)
+            value = self._later(later, allowed)  # (B,) or (B, Q)
         with self._precision():  # one of its own: casts made without gradient are not to be reused
             q = self.net.values_of(seen, slate).float()
-        value = next_value(after.float(), choose, allowed, self.spec.slate_size)  # (B,) or (B, Q)
         return q, slot_targets(slot_return, discount, value)
+
+    def _later(self, later: Seen, allowed: Tensor | None) -> Tensor:
+        """What comes next is worth (B,) or (B, Q): the target prices no more than what is chosen.
+
+        All items are looked at for a few rows at a time, whose values stay in caches.
+        """
+        chooser, k = self.net if self.double else self.target, self.spec.slate_size
+        shop, slates = chooser.ranking_shop(), []
+        for rows in row_blocks(len(later), self.spec.num_items * chooser.quantiles, NEAR):
+            choose = self._mean(chooser.ranking(later[rows], shop))  # (b, N)
+            slates.append(next_slate(choose, None if allowed is None else allowed[rows], k))
+        best, real = (torch.cat(each) for each in zip(*slates, strict=True))  # (B, K)
+        value = self.target.values_of(later, best).float()  # (B, K) or (B, K, Q)
+        return (value * _like(real, value)).mean(dim=1)
 
     def _precision(self) -> torch.autocast:
         """Products in bfloat16 if wanted. Acting keeps float32: close values must stay apart."""

@@ -60,7 +60,7 @@ class ALS:
         once, total = cells(items, count, self.num_items)
         confidence = self.alpha * weighed(total, self.weight)  # (B, M)
         users = als_users(once, confidence, self.items, self.regularization)  # (B, f)
-        return or_popular((users @ self.items.double().T).float(), items, self.ranks)
+        return or_popular(users.float() @ self.items.T, items, self.ranks)
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_items": self.num_items, "items": self.items, "ranks": self.ranks}

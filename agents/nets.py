@@ -29,6 +29,7 @@ BENDS = 16  # hidden units on the traces: wishes multiply, a straight line would
 LEFT = 8  # best items of the past not shown yet that V(s) looks at
 TRACES = 6 + 2 * len(FADES)  # features of the memory term
 HEADS = ("dot", "dense", "two_tower")
+Shop = tuple[Tensor | None, Tensor | None, Tensor]  # what values say of items, whoever looks
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ class Seen:
     past: Tensor  # (B, H) int64, EMPTY-padded
     traces: Tensor  # (B, T, H), zeros where the past is empty
     shown: Tensor  # (B, H) bool: items of the past that this trip has shown, and empty places
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    def __getitem__(self, rows: slice) -> "Seen":
+        return Seen(self.state[rows], self.past[rows], self.traces[rows], self.shown[rows])
 
 
 def linear(size: int, out: int, generator: torch.Generator, gain: float = 1.0) -> nn.Linear:
@@ -78,6 +85,10 @@ class Reader(nn.Module):
         means = table.shape[1] * (3 + spec.feedback_size)
         self.size = spec.profile_size + spec.context_size + means + 3 + spec.feedback_size  # U
         self.to(spec.device)
+
+    def described(self) -> Tensor:
+        """What a dot head's values are linear in (N, R + 2): axes, log popularity, popularity."""
+        return torch.cat([self.items[:-1], self.fame[:-1, 1:]], dim=1)
 
     def forward(self, obs: Observation) -> Seen:
         traces = self.traces(obs) if self.memory else obs.past_count[:, None, :][:, :0]  # (B, 0, H)
@@ -202,32 +213,72 @@ class QNet(nn.Module):
         layers = (self.dense,) if self.head == "dense" else (self.user, self.item, self.bias)
         return [p for layer in layers for p in layer.parameters()]
 
-    def values(self, seen: Seen) -> Tensor:
-        """Values (B, N) of all items; with quantiles (B, N, Q)."""
+    def shop(self) -> Shop:
+        """Layers (N, W), biases and fame (N, 1) of the items; a dense head has but fame."""
+        table, famous = self.items[:-1], self.famous(self.read.fame[:-1])  # (N, R + 1), (N, 1)
+        if self.head == "dense":
+            return None, None, famous
+        return self.item(table), self.bias(table), famous
+
+    def values(self, seen: Seen, shop: Shop | None = None) -> Tensor:
+        """Values (B, N) of all items; with quantiles (B, N, Q). `shop`: that of `shop()`."""
         hidden = self.body(seen.state)  # (B, W)
-        table = self.items[:-1]  # (N, R + 1)
+        q, extra = self._differences(hidden, seen, self.shop() if shop is None else shop)
+        level = self.level(hidden, extra, seen.shown)  # (B, 1) or (B, Q)
+        return q + level[:, None, :] if self.quantiles > 1 else q.add_(level)
+
+    def ranking(self, seen: Seen, shop: Shop | Tensor | None = None) -> Tensor:
+        """What orders the items of each row (B, N) or (B, N, Q) as `values` does, for less.
+
+        `shop` is that of `ranking_shop()`.
+        """
+        hidden = self.body(seen.state)  # (B, W)
+        shop = self.ranking_shop() if shop is None else shop
+        if not isinstance(shop, Tensor):
+            return self._differences(hidden, seen, shop)[0]
+        q = (self.wishes(hidden) @ shop.T).float()  # (B, N)
+        return q.scatter_add_(1, seen.past.clamp(min=0), self.extra(hidden, seen))
+
+    def ranking_shop(self) -> Shop | Tensor:
+        """What `ranking` needs of the items, whoever looks."""
+        return self.read.described() if self.linear else self.shop()
+
+    @property
+    def linear(self) -> bool:
+        """Whether values are products of `wishes` and what describes items, but for their past."""
+        return self.head == "dot" and self.quantiles == 1
+
+    def wishes(self, hidden: Tensor) -> Tensor:
+        """Hidden (B, W) to what each number that describes an item is worth (B, R + 2).
+
+        The item's layer is applied to the user instead, which is the same sum in another order.
+        """
+        item, bias, famous = self.item.weight, self.bias.weight, self.famous.weight
+        own = torch.addmm(bias, self.user(hidden), item, alpha=self.scale)  # (B, R + 1)
+        return F.pad(own, (0, 1)) + F.pad(famous, (own.shape[1] - 1, 0))  # fame is the last two
+
+    def _differences(self, hidden: Tensor, seen: Seen, shop: Shop) -> tuple[Tensor, Tensor]:
+        """Values before what moves all of a row, and the extra (B, H) of the past in them."""
+        item, bias, famous = shop
         if self.quantiles > 1:
-            q = self.spread(hidden, self.item(table) if self.head != "dense" else None)
-            if self.head != "dense":
-                q = q + self.bias(table)
-            q = q + self.famous(self.read.fame[:-1])  # (B, N, Q)
-        elif self.head == "dense":
-            q = self.dense(hidden) + self.famous(self.read.fame[:-1]).T  # (B, N)
+            q = self.spread(hidden, item)
+            if bias is not None:
+                q = q + bias
+            q = q + famous  # (B, N, Q)
+        elif item is None or bias is None:
+            q = self.dense(hidden).add_(famous.T)  # (B, N)
         else:
-            item = self.item(table)  # (N, W)
-            q = torch.addmm(
-                self.bias(table).T, self.user(hidden), item.T, alpha=self.scale
-            )  # (B, N)
-            q = q + self.famous(self.read.fame[:-1]).T
+            q = torch.addmm(bias.T, self.user(hidden), item.T, alpha=self.scale)  # (B, N)
+            q = q.add_(famous.T)  # in place: it is large
         q = q.float()  # autocast makes products bfloat16
         extra = self.extra(hidden, seen)  # (B, H)
         past = seen.past.clamp(min=0)  # (B, H)
         if self.quantiles > 1:
             wide = (*past.shape, self.quantiles)  # (B, H, Q)
-            q = q.scatter_add(1, past[:, :, None].expand(wide), extra[:, :, None].expand(wide))
-            return q + self.level(hidden, extra, seen.shown)[:, None, :]
-        q.scatter_add_(1, past, extra)
-        return q.add_(self.level(hidden, extra, seen.shown))
+            return q.scatter_add(
+                1, past[:, :, None].expand(wide), extra[:, :, None].expand(wide)
+            ), extra
+        return q.scatter_add_(1, past, extra), extra
 
     def values_of(self, seen: Seen, slate: Tensor) -> Tensor:
         """Values of a slate (B, K) alone, as `values` gives them: far cheaper to learn from."""
