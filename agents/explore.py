@@ -164,7 +164,8 @@ def _best(scores: Tensor, allowed: Tensor, k: int) -> tuple[Tensor, Tensor]:
     k = min(k, n)
     if scores.dtype != torch.float32 or k == n:
         return _best_exact(scores, allowed, k)
-    value, item = _highest(torch.where(allowed, scores, -torch.inf), k + 1)  # (B, K + 1) each
+    given = scores if bool(allowed.all()) else torch.where(allowed, scores, -torch.inf)  # (B, N)
+    value, item = _highest(given, k + 1)  # (B, K + 1) each
     disputed = (value[:, k - 1] == value[:, k]) | value[:, 0].isnan()  # to topk nan is the most
     item = item[:, :k]
     exact = break_ties(value[:, :k], tie_noise(n, scores.device)[item])  # (B, K)
