@@ -126,7 +126,8 @@ class BareStep:
         """Let the next users into rows (R,)."""
         turn = self.turn[rows].add_(1)  # (R,)
         user, trip = self.whom(rows, turn)
-        self.turn[rows], self.user[rows], self.trip[rows], self.steps[rows] = turn, user, trip, 0
+        self.turn[rows], self.user[rows], self.trip[rows] = turn, user, trip
+        self.steps[rows] = 0
         for held, column in zip(self.held, self.columns, strict=True):
             held.index_copy_(0, rows, column.index_select(0, user))
         self.context.index_copy_(0, rows, calendar(self.users.start[user]))

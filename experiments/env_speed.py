@@ -118,7 +118,7 @@ def headline(size: Size, repeats: int, seconds: float) -> list[Row]:
     if (size.items, size.slate_size) == PEER_SIZE and installed("sardine"):
         works["peer"] = sardine(size.seed)
     speeds = in_turn(works, repeats, seconds, size.device)
-    peer = {"peer": speeds.get("peer"), "peer_name": PEER}
+    peer: dict[str, Any] = {"peer": speeds.get("peer"), "peer_name": PEER}
     ours = "RecommendVectorEnv, TinyWorld"
     goals = {16: 1.0, 1: 0.25}
     return [
@@ -197,7 +197,8 @@ def curve_rows(size: Size, axes: dict[str, tuple[int, ...]]) -> list[Row]:
     found, catalog = [], {}
     for axis, values in axes.items():
         for value in values:
-            at = replace(size, **{axis: value})
+            change: dict[str, Any] = {axis: value}
+            at = replace(size, **change)
             if axis == "items":
                 at = replace(at, households=FEW)
             if at.items < at.slate_size:

@@ -260,7 +260,7 @@ def files_rows(folder: Path, size: Row) -> list[Row]:
     first = [str(p) for p in sorted(folder.glob("*"))[:few]]
     small = alone("ope_speed", "files", {"where": first})
     ours, bare = ([pair[i] for pair in pairs] for i in (0, 1))
-    limit = {"limit_name": "the same sums by Polars", "limit_goal": 0.5}
+    limit: dict[str, Any] = {"limit_name": "the same sums by Polars", "limit_goal": 0.5}
     peak = max(x["peak"] for x in ours)
     found = [
         row("ope", case, ROWS, scanned(ours, done), limit=scanned(bare, done), memory_mib=peak,

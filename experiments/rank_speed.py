@@ -11,16 +11,14 @@ from scipy.sparse import csr_matrix
 
 from agents.linear import EASE
 from evaluation.ranking import metrics, rank
-from experiments.bench_rows import Row, in_turn, row
+from experiments.bench_rows import Row, Work, in_turn, row
 
 Array = np.ndarray
 USERS, ITEMS, KNOWN, RELEVANT, K = 1000, 10_000, 50, 20, 10
 FITTED, FILLED = (943, 1682), 0.063  # users and items of ml-100k, and how full their table is
 
 
-def rows(
-    repeats: int, seconds: float, seed: int, quick: bool, device: str = "cpu", curves: bool = True
-) -> list[Row]:
+def rows(repeats: int, seconds: float, seed: int, quick: bool, device: str = "cpu") -> list[Row]:
     """Ours against a loop over users, and the fit of EASE."""
     cut = 20 if quick else 1
     users, items = USERS // cut, ITEMS // cut
@@ -37,7 +35,11 @@ def rows(
         EASE(counts)
         return 1
 
-    works = {"ours": partial(judge, batched), "loop": partial(judge, one_by_one), "fit": fit}
+    works: dict[str, Work] = {
+        "ours": partial(judge, batched),
+        "loop": partial(judge, one_by_one),
+        "fit": fit,
+    }
     speeds = in_turn(works, repeats, seconds)
     case = f"rank {users:,} users x {items:,} items, k={K}, with all metrics"
     return [

@@ -22,9 +22,7 @@ BARE = "pass"  # an interpreter that does nothing
 DEFAULT, QUICK = "ecommerce", "tiny"  # the env of a first step
 
 
-def rows(
-    repeats: int, seconds: float, seed: int, quick: bool, device: str = "cpu", curves: bool = True
-) -> list[Row]:
+def rows(repeats: int, seconds: float, seed: int, quick: bool, device: str = "cpu") -> list[Row]:
     """Help, imports, first step; the first two beside an interpreter that does nothing."""
     python = [sys.executable, "-c"]
     commands = {
@@ -119,7 +117,7 @@ def step_once(env: str, seed: int, device: str) -> None:
         cfg = compose("train_agent", return_hydra_config=True, overrides=[
             f"env={env}", f"seed={seed}", f"device={device}", "progress=false"])  # fmt: skip
     cfg.env_name, cfg.agent_name = env, "dqn"
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), cli.plain_errors():
         where, steps = train_agent.checked(cfg)
         world = train_agent.arena(cfg, where, steps)
         agent = train_agent.hydra.utils.instantiate(cfg.agent, world.spec)
