@@ -105,8 +105,8 @@ class BareStep:
         lone = self.uniform(step_key[:, None], self.salts.expand(len(slate), 2))  # (B, 2)
         outside = gumbel(lone[:, :1].clone())  # (B, 1)
         organic = theta + noise > outside  # (B, K)
-        best, slot = theta.add_(noise + world.exposure).max(dim=1, keepdim=True)  # (B, 1) each
-        chosen = (self.slots == slot) & (best > outside)  # (B, K)
+        best, top = theta.add_(noise + world.exposure).max(dim=1, keepdim=True)  # (B, 1) each
+        chosen = (self.slots == top) & (best > outside)  # (B, K)
         bought = chosen.any(dim=1)  # (B,)
         left = lone[:, 1] < torch.where(bought, world.stop, world.patience)  # (B,)
         value = world.catalog.price[slate].mul_(chosen)  # (B, K)
