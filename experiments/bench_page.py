@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.figures import NAMED, bare, readable, saved, series
-from experiments.bench_rows import INSTALL, Row, reached, short
+from experiments.bench_rows import INSTALL, ROOT, Row, reached, short
 from experiments.run_folder import write_text
 
 if TYPE_CHECKING:
@@ -71,7 +71,9 @@ def write_page(path: Path, table: Table) -> Path:
         figure.parent.mkdir(parents=True, exist_ok=True)
         figure.write_bytes(saved(draw, points, "png"))
         figures[bench, axis] = figure.name
-    write_text(page, text(path.name, table, figures))
+    home = path.resolve()
+    name = home.relative_to(ROOT).as_posix() if home.is_relative_to(ROOT) else path.name
+    write_text(page, text(name, table, figures))
     return page
 
 
@@ -114,20 +116,22 @@ def machines(found: dict[str, dict[str, Any]]) -> list[str]:
 
 def goals(rows: Sequence[Row]) -> str:
     """The rows that are no points of curves, with their ratios and goals."""
-    lines = ["| what | measured | spread | ratio | goal | |", "|---|---|---|---|---|---|"]
+    lines = ["| what | measured | spread | by the clock | ratio | goal | |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
     for row in rows:
         sides = [side for side in ("peer", "limit") if row[f"{side}_name"]]
         ratios, wanted = [], []
         for side in sides:
-            ratio, goal = row[f"ratio_to_{side}"], row[f"{side}_goal"]
-            ratios.append(
-                f"{'not here' if ratio is None else short(ratio)} x {row[f'{side}_name']}"
-            )
+            name, ratio, goal = (row[f"{what}{side}{end}"] for what, end in
+                                 (("", "_name"), ("ratio_to_", ""), ("", "_goal")))  # fmt: skip
+            here = "" if ratio is None else f"{short(ratio)} x {name} ({short(row[side])})"
+            ratios.append(here or f"{name}: not here")
             wanted.append("" if goal is None else f"{goal:g} x")
         verdict = reached(row)
         lines.append(
             f"| {row['case']} | {short(row['product'])} {row['unit']} "
-            f"| {short(row['low'])} to {short(row['high'])} | {'<br>'.join(ratios)} "
+            f"| {short(row['low'])} to {short(row['high'])} | {short(row['wall'])} "
+            f"| {'<br>'.join(ratios)} "
             f"| {'<br>'.join(wanted)} "
             f"| {'' if verdict is None else 'reached' if verdict else '**not reached**'} |"
         )

@@ -33,8 +33,8 @@ def test_the_page_says_what_was_reached_and_where(tmp_path: Path) -> None:
     text = page.read_text()
     assert "Measured on: Abacus 3, 2 cores, 8 GiB; 1 thread, torch 2.9, Python 3.12." in text
     fast = next(line for line in text.splitlines() if line.startswith("| fast "))
-    assert "50 x SARDINE<br>0.5 x bare | 40 x<br>0.7 x | **not reached** |" in fast
-    assert "| not here x SARDINE |  |  |" in next(x for x in text.splitlines() if "alone" in x)
+    assert "| 50 | 50 x SARDINE (1)<br>0.5 x bare (100) | 40 x<br>0.7 x | **not reached** |" in fast
+    assert "| SARDINE: not here |  |  |" in next(x for x in text.splitlines() if "alone" in x)
     assert next(x for x in text.splitlines() if "| slow" in x).endswith("| reached |")
     assert text.index("## Environment steps") < text.index("## Training")
     assert "| 0.25 | dense head | 40 |" in text
