@@ -18,11 +18,13 @@ from agents.explore import (
     epsilon_greedy_probs,
     epsilon_greedy_slate,
     epsilon_greedy_slate_probs,
+    joined,
     row_blocks,
 )
 from agents.nets import QNet, Seen
-from agents.priorities import Priorities
+from agents.priorities import Priorities, check_priority
 from agents.replay import Replay
+from agents.retrieval import Index, check_candidates, check_mask, greedy_probs, greedy_slates
 from agents.saving import (
     catalog_signature,
     check_catalog,
@@ -99,15 +101,6 @@ def optimizer_of(net: QNet, lr: float, shrink: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
-def check_priority(priority: float, total: int | None) -> None:
-    """Refuse prioritised replay where nothing says when its correction is to be whole."""
-    if priority and total is None:
-        raise ValueError(
-            f"priority={priority} needs the env steps of the whole training, at whose end beta "
-            "is 1: build the agent with AgentSpec(total_steps=...), or use priority=0"
-        )
-
-
 class DQN:
     """Double, dueling, n-step Q-learning with a replay of ids; acts epsilon-greedily per slot.
 
@@ -143,6 +136,7 @@ class DQN:
         learning_starts: int = 1000,
         grad_clip: float = 10.0,
         shrink: float = 40.0,
+        candidates: int = 0,
         amp: bool = False,
         compile: bool = False,
     ) -> None:
@@ -156,6 +150,7 @@ class DQN:
         if tau > 1:
             raise ValueError(f"tau must be in (0, 1], got {tau}: the share of the net in its mean")
         not_negative(shrink=shrink, priority=priority)
+        whole(0, candidates=candidates)
         check_priority(priority, spec.total_steps)
         self.spec, self.gamma, self.batch_size = spec, gamma, batch_size
         self.lr, self.schedule, self.beta = lr, schedule, beta
@@ -165,6 +160,9 @@ class DQN:
         self.kappa, self.amp = kappa, amp
         form: dict[str, Any] = {"head": head, "width": width, "dueling": dueling}
         self.net = QNet(spec, memory=memory, quantiles=quantiles, **form)
+        check_candidates(candidates, spec, self.net)
+        self.candidates = candidates
+        self.index: Index | None = None  # of what describes items: training does not change it
         self.target = copy.deepcopy(self.net).requires_grad_(False)
         self.optimizer = optimizer_of(self.net, lr, shrink)
         self.replay = Replay(capacity, spec=spec, n_step=n_step, gamma=gamma)
@@ -188,18 +186,21 @@ class DQN:
 
     def act(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Decision:
         epsilon, k = self.epsilon if explore else 0.0, self.spec.slate_size
+        if self.candidates and not explore:
+            slate = self._found(obs, mask, k)
+            return Decision(slate, torch.ones(slate.shape, device=slate.device))
         made = [
             epsilon_greedy_slate(q, allowed, k, epsilon, self.generator)
             for _, q, allowed in self._blocks(obs, mask)
         ]
-        return Decision(
-            torch.cat([part.slate for part in made]), torch.cat([part.propensity for part in made])
-        )
+        return joined(made)
 
     def slate_probs(
         self, obs: Observation, mask: Mask, slate: Tensor, *, explore: bool = True
     ) -> Tensor:
         epsilon = self.epsilon if explore else 0.0
+        if self.candidates and not explore:
+            return greedy_probs(self._found(obs, mask, slate.shape[1]), slate)
         return torch.cat([
             epsilon_greedy_slate_probs(q, allowed, slate[rows], epsilon)
             for rows, q, allowed in self._blocks(obs, mask)
@@ -207,10 +208,30 @@ class DQN:
 
     def action_probs(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Tensor:
         epsilon = self.epsilon if explore else 0.0
+        if self.candidates and not explore:
+            return F.one_hot(self._found(obs, mask, 1)[:, 0], self.spec.num_items).float()
         return torch.cat([
             epsilon_greedy_probs(q, allowed, epsilon)
             for _, q, allowed in self._blocks(obs, mask)
         ])  # fmt: skip
+
+    @torch.no_grad()
+    def _found(self, obs: Observation, mask: Mask, k: int) -> Tensor:
+        """Greedy slates (B, K) among candidates, among all items where these were too few."""
+        check_mask(mask, len(obs), self.spec)
+        if self.index is None:
+            self.index = Index(self.target.read.described(), seed=self.spec.seed)
+        seen = self.target.read(obs)
+        slate, enough = greedy_slates(self.target, self.index, seen, mask, k, self.candidates)
+        rest = (~enough).nonzero().squeeze(1)  # (R,)
+        if len(rest):
+            few, part = obs[rest], None if mask is None else mask[rest]
+            exact = [
+                epsilon_greedy_slate(q, allowed, k, 0.0, self.generator).slate
+                for _, q, allowed in self._blocks(few, part)
+            ]
+            slate[rest] = torch.cat(exact)
+        return slate
 
     @torch.no_grad()
     def _blocks(self, obs: Observation, mask: Mask) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -349,6 +370,7 @@ class DQN:
         check_catalog(self.signature, state["signature"])
         load_net(self.net, state["net"])
         load_net(self.target, state["target"])
+        self.index = None  # its axes may be of another sign there
         load_optimizer(self.optimizer, state["optimizer"])
         restore_generator(self.generator, state["generator"])
         self.env_steps, self.updates = state["env_steps"], state["updates"]

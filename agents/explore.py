@@ -27,6 +27,12 @@ def row_blocks(rows: int, num_items: int, cells: int = CELLS) -> Iterator[slice]
         yield slice(start, min(rows, start + step))
 
 
+def joined(parts: list[Decision]) -> Decision:
+    """Decisions about some rows each, as one about all."""
+    slate, propensity = zip(*((part.slate, part.propensity) for part in parts), strict=True)
+    return Decision(torch.cat(slate), torch.cat(propensity))
+
+
 @lru_cache(maxsize=8)
 def tie_noise(num_items: int, device: torch.device) -> Tensor:
     """A fixed number in [0, 1) for each item (N,), by which equal ones are told apart."""

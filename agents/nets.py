@@ -253,8 +253,10 @@ class QNet(nn.Module):
 
         The item's layer is applied to the user instead, which is the same sum in another order.
         """
-        item, bias, famous = self.item.weight, self.bias.weight, self.famous.weight
-        own = torch.addmm(bias, self.user(hidden), item, alpha=self.scale)  # (B, R + 1)
+        layer, famous = self.item.get_parameter("weight"), self.famous.weight
+        own = torch.addmm(
+            self.bias.weight, self.user(hidden), layer, alpha=self.scale
+        )  # (B, R + 1)
         return F.pad(own, (0, 1)) + F.pad(famous, (own.shape[1] - 1, 0))  # fame is the last two
 
     def _differences(self, hidden: Tensor, seen: Seen, shop: Shop) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from agents.explore import (
     epsilon_greedy_probs,
     epsilon_greedy_slate,
     epsilon_greedy_slate_probs,
+    joined,
     plackett_luce_probs,
     row_blocks,
     sample_slate,
@@ -91,9 +92,7 @@ class Static:
             else:
                 q = self.scores(some)  # (b, N)
                 made.append(epsilon_greedy_slate(q, allowed, k, 0.0, self.generator))
-        return Decision(
-            torch.cat([part.slate for part in made]), torch.cat([part.propensity for part in made])
-        )
+        return joined(made)
 
     def slate_probs(
         self, obs: Observation, mask: Mask, slate: Tensor, *, explore: bool = True

@@ -148,12 +148,12 @@ def bare(ready: Ready, texts: Sequence[str], precision: str, seed: int) -> Work:
 def sentence_transformers(ready: Ready, texts: Sequence[str]) -> Work:
     """The peer with the same checkpoint: mean over tokens, unit length."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers import models as parts
+    from sentence_transformers.models import Normalize, Pooling, Transformer
 
     encoder = ready.encoder
-    word = parts.Transformer(str(encoder.folder), max_seq_length=encoder.max_tokens)
-    pooling = parts.Pooling(word.get_embedding_dimension(), pooling_mode="mean")
-    model = SentenceTransformer(modules=[word, pooling, parts.Normalize()], device=encoder.device)
+    word = Transformer(str(encoder.folder), max_seq_length=encoder.max_tokens)
+    pooling = Pooling(word.get_embedding_dimension(), pooling_mode="mean")
+    model = SentenceTransformer(modules=[word, pooling, Normalize()], device=encoder.device)
 
     def encode() -> int:
         model.encode(list(texts), batch_size=32, show_progress_bar=False)

@@ -2,9 +2,10 @@
 
 The learners are those of `train_racers`. One thread, all in one process in turn, so that what else
 the machine does falls on all. Ours races twice: as the algorithm that SB3 has, and as it comes,
-with more arithmetic in it. The limit is matrix products alone: those of double DQN as it is written,
-and the fewer that ours makes. What share of a step goes into the replay, TensorBoard and the decision log is measured by clocks around
-their calls, in the loop of train_agent with users of a synthetic world.
+with more arithmetic in it. The limit is matrix products alone: those of double DQN as it is
+written, and the fewer that ours makes. What share of a step goes into the replay, TensorBoard and
+the decision log is measured by clocks around their calls, in the loop of train_agent with users of
+a synthetic world.
 """
 
 import tempfile
@@ -261,10 +262,10 @@ def training(
 
 def agent_spec(world: TinyWorld, seed: int, device: str) -> AgentSpec:
     """What a learner is told of a synthetic shop that shows one item at a time, 20 times."""
-    n, users = len(world.catalog), world.users
+    n, users, kinds = len(world.catalog), world.users, len(world.behaviours)
     return AgentSpec(
         n, 1, world.catalog.vectors, world.catalog.category, world.catalog.popularity, None,
-        users.profile.shape[1], users.past.shape[1], 20, len(world.behaviours), CONTEXT, device, seed,
+        users.profile.shape[1], users.past.shape[1], 20, kinds, CONTEXT, device, seed,
     )  # fmt: skip
 
 
