@@ -146,7 +146,8 @@ def check(cfg: DictConfig) -> None:
     verdicts = compared(committed["rows"], [row for found in runs(cfg) for row in found["rows"]])
     print("\n".join(map(str, verdicts)))
     lost = sum(verdict.lost for verdict in verdicts)
-    print(f"{len(verdicts)} ratios, {lost} of them lost more than they may")
+    absent = sum(verdict.absent for verdict in verdicts)
+    print(f"{len(verdicts)} ratios: {lost} lost more than they may, {absent} absent on one side")
     if lost:
         raise SystemExit(1)
 

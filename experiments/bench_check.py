@@ -18,6 +18,7 @@ class Verdict:
     side: str  # "peer" or "limit"
     said: str
     lost: bool
+    absent: bool  # on one side: nothing to compare with
 
     def __str__(self) -> str:
         return f"{'LOST ' if self.lost else ''}{self.bench}: {self.case}: {self.said}"
@@ -33,7 +34,8 @@ def compared(committed: Sequence[Row], measured: Sequence[Row]) -> list[Verdict]
             then, today = ratio_of(old, side), ratio_of(new, side)
             name = next(row[f"{side}_name"] for row in (new, old) if row)
             if then is not None or today is not None:
-                found.append(Verdict(*key, side, *judged(then, today, name)))
+                absent = then is None or today is None
+                found.append(Verdict(*key, side, *judged(then, today, name), absent))
     return found
 
 

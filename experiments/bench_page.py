@@ -154,7 +154,9 @@ def pointwise(rows: Sequence[Row]) -> str:
 
 def place(at: Any) -> str:
     """Where a point lies on its axis."""
-    return f"{at:,}" if isinstance(at, int | float) else str(at)
+    if not isinstance(at, int | float):
+        return str(at)
+    return f"{int(at):,}" if at == int(at) else f"{at:g}"
 
 
 def curves(rows: Sequence[Row]) -> list[tuple[str, str]]:

@@ -145,7 +145,9 @@ def test_a_check_fails_on_a_loss_only(
     with pytest.raises(SystemExit, match="1"):
         bench.check(config("bench=check", f"out={out}", "repeats=4"))
     assert asked == [(3, False), (4, False)]
-    assert "LOST env: steps: 6 x P, 10 in the committed table (-40%)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "LOST env: steps: 6 x P, 10 in the committed table (-40%)" in said
+    assert "1 ratios: 1 lost more than they may, 0 absent on one side" in said
 
 
 @pytest.mark.parametrize(

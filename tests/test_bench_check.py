@@ -42,7 +42,7 @@ def test_what_is_absent_on_either_side_is_said_and_no_loss() -> None:
     assert "absent in this run: not compared" in str(found["a"])
     assert "absent in this run" in str(found["old"])
     assert "absent in the committed table" in str(found["new"])
-    assert not any(v.lost for v in found.values())
+    assert all(v.absent and not v.lost for v in found.values())
 
 
 def test_curves_and_limits_in_seconds_are_left_out() -> None:

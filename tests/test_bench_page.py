@@ -38,6 +38,7 @@ def test_the_page_says_what_was_reached_and_where(tmp_path: Path) -> None:
     assert next(x for x in text.splitlines() if "| slow" in x).endswith("| reached |")
     assert text.index("## Environment steps") < text.index("## Training")
     assert "| 0.25 | dense head | 40 |" in text
+    assert "| 8 | dot head | 1.25 |" in text  # 8, not 8.0
     assert "| 100 | 900 | 810 to 1,080 | 120 |" in text
 
 
