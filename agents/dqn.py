@@ -18,6 +18,7 @@ from agents.explore import (
     epsilon_greedy_probs,
     epsilon_greedy_slate,
     epsilon_greedy_slate_probs,
+    highest,
     joined,
     row_blocks,
 )
@@ -36,7 +37,7 @@ from agents.saving import (
 from agents.schedules import check_schedule, linear, lr_at, set_lr
 from encoders.state import EMPTY, Observation
 
-NEAR = 2**19  # values of what comes next that are held at once: 2 MB
+NEAR = 2**18  # values of what comes next that are held at once: 2 MB
 
 
 def next_value(q: Tensor, choose: Tensor, allowed: Tensor | None, k: int) -> Tensor:
@@ -54,7 +55,7 @@ def next_slate(choose: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, 
     """Choosing values and allowed (B, N) to the K best (B, K), and which of them are allowed."""
     if allowed is not None:
         choose = torch.where(allowed, choose, -torch.inf)
-    best = choose.topk(min(k, choose.shape[1]), dim=1).indices  # (B, K)
+    best = highest(choose, min(k, choose.shape[1]))[1]  # (B, K)
     real = torch.ones_like(best, dtype=torch.bool) if allowed is None else allowed.gather(1, best)
     return best, real
 
@@ -157,11 +158,10 @@ class DQN:
         self.epsilons = (epsilon_start, epsilon_end, epsilon_steps)
         self.replay_ratio, self.tau, self.double = replay_ratio, tau, double
         self.learning_starts, self.grad_clip = learning_starts, grad_clip
-        self.kappa, self.amp = kappa, amp
+        self.kappa, self.amp, self.candidates = kappa, amp, candidates
         form: dict[str, Any] = {"head": head, "width": width, "dueling": dueling}
         self.net = QNet(spec, memory=memory, quantiles=quantiles, **form)
         check_candidates(candidates, spec, self.net)
-        self.candidates = candidates
         self.index: Index | None = None  # of what describes items: training does not change it
         self.target = copy.deepcopy(self.net).requires_grad_(False)
         self.optimizer = optimizer_of(self.net, lr, shrink)
@@ -283,7 +283,7 @@ class DQN:
                 batch.next_mask, len(slate), self.spec.num_items, slate.device, may_be_empty=True
             )
         )  # (B, N); who has left may have seen everything
-        seen, later = self.net.read(batch.obs), self.net.read(batch.next_obs)
+        seen, later = self.net.read.pair(batch.obs, batch.next_obs)
         q, target = self.values_and_targets(
             seen, later, slate, allowed, sample.slot_return, sample.discount
         )

@@ -171,7 +171,7 @@ def _best(scores: Tensor, allowed: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if scores.dtype != torch.float32 or k == n:
         return _best_exact(scores, allowed, k)
     given = scores if bool(allowed.all()) else torch.where(allowed, scores, -torch.inf)  # (B, N)
-    value, item = _highest(given, k + 1)  # (B, K + 1) each
+    value, item = highest(given, k + 1)  # (B, K + 1) each
     disputed = (value[:, k - 1] == value[:, k]) | value[:, 0].isnan()  # to topk nan is the most
     item = item[:, :k]
     exact = break_ties(value[:, :k], tie_noise(n, scores.device)[item])  # (B, K)
@@ -192,7 +192,7 @@ def _best_exact(scores: Tensor, allowed: Tensor, k: int) -> tuple[Tensor, Tensor
     return first.values, first.indices
 
 
-def _highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and items (B, k) as topk of (B, N), in the k blocks of items whose maxima are highest.
 
     A block that is not among them holds nothing higher than the k maxima of those that are.

@@ -28,6 +28,7 @@ FADES = (
 BENDS = 16  # hidden units on the traces: wishes multiply, a straight line would go below zero
 LEFT = 8  # best items of the past not shown yet that V(s) looks at
 TRACES = 6 + 2 * len(FADES)  # features of the memory term
+Bought = tuple[Tensor, Tensor]  # what is read of a past: for the state, and traces (B, T, H)
 HEADS = ("dot", "dense", "two_tower")
 Shop = tuple[Tensor | None, Tensor | None, Tensor]  # what values say of items, whoever looks
 
@@ -90,9 +91,26 @@ class Reader(nn.Module):
         """What a dot head's values are linear in (N, R + 2): axes, log popularity, popularity."""
         return torch.cat([self.items[:-1], self.fame[:-1, 1:]], dim=1)
 
-    def forward(self, obs: Observation) -> Seen:
+    def forward(self, obs: Observation, bought: Bought | None = None) -> Seen:
+        bought = self.bought(obs) if bought is None else bought
+        return Seen(self.state(obs, bought), obs.past, bought[1], self.used_up(obs))
+
+    def pair(self, obs: Observation, later: Observation) -> tuple[Seen, Seen]:
+        """What is seen before and after; a past that is the same tensor in both is read once."""
+        names = ("past", "past_count", "past_age")
+        bought = self.bought(obs)
+        same = all(getattr(later, name) is getattr(obs, name) for name in names)
+        return self(obs, bought), self(later, bought if same else None)
+
+    def bought(self, obs: Observation) -> Bought:
+        """Of what was bought before: its part of the state (B, 2 (R + 1) + 2), and its traces."""
+        known = obs.past != EMPTY  # (B, H)
+        count = obs.past_count * known  # (B, H)
+        recent = torch.exp(-obs.past_age / RECENT) * known  # (B, H)
+        sums = [known.sum(dim=1, keepdim=True), count.sum(dim=1, keepdim=True)]
+        parts = [self.mean(obs.past, count), self.mean(obs.past, recent), *sums]
         traces = self.traces(obs) if self.memory else obs.past_count[:, None, :][:, :0]  # (B, 0, H)
-        return Seen(self.state(obs), obs.past, traces, self.used_up(obs))
+        return torch.cat(parts, dim=1), traces
 
     def used_up(self, obs: Observation) -> Tensor:
         """Which places (B, H) of the past are empty or were shown on this trip."""
@@ -122,24 +140,15 @@ class Reader(nn.Module):
             rows += [fresh, fresh * often]
         return torch.stack(rows, dim=1)
 
-    def state(self, obs: Observation) -> Tensor:
+    def state(self, obs: Observation, bought: Bought | None = None) -> Tensor:
         """All that is seen of users, to one vector each (B, U)."""
-        known, shown = obs.past != EMPTY, obs.history != EMPTY  # (B, H), (B, L)
-        count = obs.past_count * known  # (B, H)
-        recent = torch.exp(-obs.past_age / RECENT) * known  # (B, H)
+        past = (self.bought(obs) if bought is None else bought)[0]
+        shown = obs.history != EMPTY  # (B, L)
         liked = obs.feedback * shown[:, :, None]  # (B, L, F)
-        means = [self.mean(obs.past, count), self.mean(obs.past, recent)]
-        means.append(self.mean(obs.history, shown.to(count.dtype)))
+        means = [past[:, :-2], self.mean(obs.history, shown.to(past.dtype))]
         means += [self.mean(obs.history, column) for column in liked.unbind(dim=2)]
-        scalars = torch.cat(
-            [
-                known.sum(dim=1, keepdim=True),
-                count.sum(dim=1, keepdim=True),
-                shown.sum(dim=1, keepdim=True),
-                liked.abs().sum(dim=1),
-            ],
-            dim=1,
-        )  # (B, 3 + F)
+        counts = [past[:, -2:], shown.sum(dim=1, keepdim=True), liked.abs().sum(dim=1)]
+        scalars = torch.cat(counts, dim=1)  # (B, 3 + F)
         return torch.cat([obs.profile, obs.context, *means, scalars.log1p()], dim=1)
 
     def mean(self, ids: Tensor, weight: Tensor) -> Tensor:

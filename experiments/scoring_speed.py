@@ -6,6 +6,7 @@ same product in blocks into memory that is there, then `topk`. At a million item
 candidates, whose share of the truly best is measured.
 """
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -18,13 +19,25 @@ from agents.base import AgentSpec
 from agents.dqn import DQN
 from agents.explore import row_blocks
 from agents.factors import ALS
+from agents.retrieval import Index
 from agents.static import Static
 from encoders.state import EMPTY, Observation
 from evaluation.ranking import rank
-from experiments.bench_rows import Row, Work, forget_peak, in_turn, peak_mib, row
+from experiments.bench_rows import (
+    Row,
+    Work,
+    fixed,
+    forget_peak,
+    in_turn,
+    installed,
+    peak_mib,
+    row,
+)
 
 USERS, ITEMS, K, DIM = 4096, 100_000, 10, 64
 QUICK = (64, 2000)  # users, items
+MANY, QUICK_MANY, CANDIDATES = (1024, 1_000_000), (64, 5000), 200
+PROBES = (8, 32, 128)  # lists of the index that are looked at
 PAST, TOPICS, SPREAD = 16, 2000, 0.6  # items of a past; of the items, and how far they scatter
 GOAL = 0.77  # at most 1.3 times the time of the bare kernel
 UNIT = "users per CPU-second"
@@ -47,7 +60,7 @@ def rows(
             found.append(
                 scored("learner", users, n, 1, seconds, seed, device, curve="items", at=float(n))
             )
-        return found
+        return found + found_by_index(repeats, seconds, seed, quick, device)
     finally:
         torch.set_num_threads(before)
 
@@ -71,6 +84,54 @@ def scored(
         limit=speed["bare"], limit_name=f"bare product of {width} numbers and topk",
         limit_goal=goal, memory_mib=most, curve=curve, at=at,
     )  # fmt: skip
+
+
+def found_by_index(repeats: int, seconds: float, seed: int, quick: bool, device: str) -> list[Row]:
+    """Candidates of an index beside all of very many items, and their share of the truly best."""
+    users, items = QUICK_MANY if quick else MANY
+    said = f"DQN.act, greedy, {users} users x {items:,} items, {CANDIDATES} candidates"
+    exact_name, all_found = "all items looked at", "the best of all items"
+    if not installed("faiss"):
+        print("no rows of candidates: pip install 'recplay[retrieval]'")
+        return []
+    spec, obs = shop(users, items, seed, device)
+    exact = DQN(spec)
+    stirred(exact, seed)
+    wanted = exact.act(obs, None, explore=False).slate  # (B, K)
+    quick_one = DQN(spec, candidates=CANDIDATES)
+    stirred(quick_one, seed)
+    found = []
+    for probes in PROBES:
+        forget_peak()
+        held, begun = peak_mib(), time.process_time()
+        quick_one.index = Index(quick_one.target.read.described(), probes=probes, seed=seed)
+        built, most = time.process_time() - begun, peak_mib() - held
+        works: dict[str, Work] = {
+            name: served(agent, obs) for name, agent in (("index", quick_one), ("exact", exact))
+        }
+        speed = in_turn(works, repeats, seconds, device)
+        got = quick_one.act(obs, None, explore=False).slate
+        recall = (got[:, :, None] == wanted[:, None, :]).any(dim=1).float().mean().item()
+        lists = f"{quick_one.index.probes} of {quick_one.index.lists} lists"
+        found.append(
+            row("scoring", f"{said} from {lists} (built in {built:.0f} CPU-seconds)", UNIT,
+                speed["index"], limit=speed["exact"], limit_name=exact_name, memory_mib=most)
+        )  # fmt: skip
+        found.append(
+            row("scoring", f"{said} from {lists}: recall at {K}", f"of {all_found}",
+                fixed(recall), limit=1.0, limit_name=all_found, absolute=True)
+        )  # fmt: skip
+    return found
+
+
+def served(agent: DQN | Static, obs: Observation) -> Work:
+    """All users once, greedily."""
+
+    def work() -> int:
+        agent.act(obs, None, explore=False)
+        return len(obs)
+
+    return work
 
 
 def shop(users: int, items: int, seed: int, device: str) -> tuple[AgentSpec, Observation]:
@@ -112,12 +173,7 @@ def learner(spec: AgentSpec, obs: Observation, seed: int) -> tuple[Work, int]:
     agent = DQN(spec, epsilon_start=0.0, epsilon_end=0.0)
     stirred(agent, seed)
     width = agent.net.items.shape[1] + 1  # a product of what describes items
-
-    def work() -> int:
-        agent.act(obs, None, explore=False)
-        return len(obs)
-
-    return work, width
+    return served(agent, obs), width
 
 
 def stirred(agent: DQN, seed: int) -> None:
@@ -132,12 +188,7 @@ def stirred(agent: DQN, seed: int) -> None:
 def factors(spec: AgentSpec, obs: Observation, seed: int) -> tuple[Work, int]:
     """A static policy of least-squares factors: folding users in is included."""
     agent = Static(spec, model=lambda past, **given: ALS(past, iterations=1, factors=DIM, **given))
-
-    def work() -> int:
-        agent.act(obs, None, explore=False)
-        return len(obs)
-
-    return work, DIM
+    return served(agent, obs), DIM
 
 
 def lists(spec: AgentSpec, obs: Observation, seed: int) -> tuple[Work, int]:

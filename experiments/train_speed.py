@@ -218,7 +218,7 @@ def training(
     agent = DQN(agent_spec(world, seed, device))
     agent.replay.at = clocks["replay"].around(agent.replay.at)  # type: ignore[method-assign]
     agent.replay.draw = clocks["replay"].around(agent.replay.draw)  # type: ignore[method-assign]
-    agent.net.read.forward = clocks["replay"].around(agent.net.read.forward)  # type: ignore[method-assign]
+    agent.net.read.pair = clocks["replay"].around(agent.net.read.pair)  # type: ignore[method-assign]
     obs, info = env.reset()
     users = torch.arange(USERS, device=device)  # (B,)
     with tempfile.TemporaryDirectory() as folder:
