@@ -11,9 +11,11 @@ from experiments.bench_rows import INSTALL, ROOT, Row, reached, short
 from experiments.run_folder import write_text
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Table = dict[str, Any]  # {"hardware": {bench: {...}}, "rows": [...]}, as the JSON has it
+TICKS = 6  # points of a curve, above which its axis has ticks at the tens
 TITLES = {
     "env": "Environment steps", "train": "Training", "encode": "Encoding texts",
     "fit": "Fitting users", "scoring": "Scoring whole catalogues", "ope": "Off-policy evaluation",
@@ -192,11 +194,7 @@ def draw(rows: Sequence[Row]) -> "Figure":
             if key == "product":
                 low, high = ([r[end] for _, r in points] for end in ("low", "high"))
                 panel.fill_between(at, low, high, color=series(i)["color"], alpha=0.15, linewidth=0)
-        if among and all(isinstance(r["at"], int | float) and r["at"] > 0 for r in among):
-            panel.set_xscale("log")
-            panel.set_yscale("log")
-            readable(panel, "x")
-            readable(panel, "y")
+        scale(panel, [r["at"] for r in among], [r[key] for r in among])
         panel.set_xlabel(axis_of(rows[0]))
         panel.set_title(rows[0]["unit"] if key == "product" else "memory, MiB", fontsize=10)
         bare(panel)
@@ -204,3 +202,21 @@ def draw(rows: Sequence[Row]) -> "Figure":
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def scale(panel: "Axes", at: Sequence[float], values: Sequence[float]) -> None:
+    """Logarithmic axes where values span tens, else from zero; ticks where few points lie."""
+    if min(at) > 0:
+        panel.set_xscale("log")
+        places = sorted(set(at))
+        if len(places) <= TICKS:
+            panel.set_xticks(places, [place(x) for x in places])
+            panel.minorticks_off()
+        else:
+            readable(panel, "x")
+    if min(values) > 0 and max(values) > 10 * min(values):
+        panel.set_yscale("log")
+        readable(panel, "y")
+    else:
+        panel.set_ylim(0.0, 1.05 * max(values))
+        panel.yaxis.set_major_formatter(lambda y, _: place(y))
