@@ -110,6 +110,8 @@ class DQN:
     that still jitters is one that jittered upwards.
     """
 
+    index: Index | None = None  # of what describes items: training does not change it
+
     def __init__(
         self,
         spec: AgentSpec,
@@ -151,26 +153,22 @@ class DQN:
         if tau > 1:
             raise ValueError(f"tau must be in (0, 1], got {tau}: the share of the net in its mean")
         not_negative(shrink=shrink, priority=priority)
-        whole(0, candidates=candidates)
         check_priority(priority, spec.total_steps)
         self.spec, self.gamma, self.batch_size = spec, gamma, batch_size
-        self.lr, self.schedule, self.beta = lr, schedule, beta
+        self.lr, self.schedule, self.beta, self.tau = lr, schedule, beta, tau
         self.epsilons = (epsilon_start, epsilon_end, epsilon_steps)
-        self.replay_ratio, self.tau, self.double = replay_ratio, tau, double
-        self.learning_starts, self.grad_clip = learning_starts, grad_clip
-        self.kappa, self.amp, self.candidates = kappa, amp, candidates
+        self.replay_ratio, self.double, self.learning_starts = replay_ratio, double, learning_starts
+        self.kappa, self.amp, self.grad_clip, self.candidates = kappa, amp, grad_clip, candidates
         form: dict[str, Any] = {"head": head, "width": width, "dueling": dueling}
         self.net = QNet(spec, memory=memory, quantiles=quantiles, **form)
         check_candidates(candidates, spec, self.net)
-        self.index: Index | None = None  # of what describes items: training does not change it
         self.target = copy.deepcopy(self.net).requires_grad_(False)
         self.optimizer = optimizer_of(self.net, lr, shrink)
         self.replay = Replay(capacity, spec=spec, n_step=n_step, gamma=gamma)
         self.priorities = Priorities(priority, device=spec.device) if priority else None
         self.generator = torch.Generator(spec.device).manual_seed(spec.seed)
         self.signature = catalog_signature(spec.item_vectors)
-        self.env_steps, self.updates = 0, 0
-        self.budget = 0.0  # samples earned by env steps and not yet drawn
+        self.env_steps, self.updates, self.budget = 0, 0, 0.0  # of samples earned and not yet drawn
         # functions of tensors are compiled, not modules: state dicts keep their names
         self.values_and_targets = torch.compile(self._both) if compile else self._both
 

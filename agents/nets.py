@@ -87,9 +87,10 @@ class Reader(nn.Module):
         self.size = spec.profile_size + spec.context_size + means + 3 + spec.feedback_size  # U
         self.to(spec.device)
 
-    def described(self) -> Tensor:
-        """What a dot head's values are linear in (N, R + 2): axes, log popularity, popularity."""
-        return torch.cat([self.items[:-1], self.fame[:-1, 1:]], dim=1)
+    def described(self, ids: Tensor | None = None) -> Tensor:
+        """What a dot head's values are linear in (..., R + 2): axes, log popularity, popularity."""
+        some = slice(-1) if ids is None else ids  # of all items, or of these
+        return torch.cat([self.items[some], self.fame[some][..., 1:]], dim=-1)
 
     def forward(self, obs: Observation, bought: Bought | None = None) -> Seen:
         bought = self.bought(obs) if bought is None else bought

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from agents.base import Mask, allowed_items
+from agents.checks import whole
 from agents.explore import break_ties, tie_noise
 from agents.nets import QNet, Seen
 from encoders.state import EMPTY
@@ -25,7 +26,7 @@ class Index:
     With as many probes as lists the search is exact.
     """
 
-    def __init__(self, vectors: Tensor, *, probes: int = 32, seed: int = 0) -> None:
+    def __init__(self, vectors: Tensor, *, probes: int = 128, seed: int = 0) -> None:
         check_library()
         import faiss
 
@@ -68,7 +69,7 @@ def greedy_slates(
     wishes = net.wishes(hidden)  # (B, R + 2)
     value, item = index.search(wishes, candidates)  # (B, C) each
     known = seen.past != EMPTY  # (B, H)
-    own = (net.read.described()[seen.past.clamp(min=0)] * wishes[:, None, :]).sum(dim=2)  # (B, H)
+    own = (net.read.described(seen.past) * wishes[:, None, :]).sum(dim=2)  # (B, H)
     own = own + net.extra(hidden, seen)
     again = among(item, seen.past)  # (B, C) stands in the past, with what that adds
     value = value.masked_fill(again | (item == EMPTY), -torch.inf)
@@ -107,6 +108,7 @@ def greedy_probs(greedy: Tensor, slate: Tensor) -> Tensor:
 
 def check_candidates(candidates: int, spec: Any, net: QNet) -> None:
     """Refuse a number of candidates that no index can serve."""
+    whole(0, candidates=candidates)
     if not candidates:
         return
     if not net.linear:
