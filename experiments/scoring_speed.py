@@ -78,8 +78,9 @@ def scored(
     most = peak_mib() - held
     limit = bare(users, items, width, seed, device)
     speed = in_turn({"ours": work, "bare": limit}, repeats, seconds, device)
+    case = f"{said}, {users} users x {items:,} items, the best {K}"
     return row(
-        "scoring", f"{said}, {users} users x {items:,} items, the best {K}{', of a curve' * bool(curve)}", UNIT, speed["ours"],
+        "scoring", f"{case}, of a curve" if curve else case, UNIT, speed["ours"],
         limit=speed["bare"], limit_name=f"bare product of {width} numbers and topk",
         limit_goal=goal, memory_mib=most, curve=curve, at=at,
     )  # fmt: skip
