@@ -5,7 +5,8 @@ import numpy as np
 from experiments import fit_speed
 from experiments.bench_rows import KEYS
 from experiments.env_speed import log_of_regulars
-from experiments.fit_speed import counts_of, part_of
+from experiments.fit_speed import counts_of, measured, part_of
+from sources.cache import cache_folder
 
 
 def test_a_part_of_a_log_has_all_of_its_households_and_no_other():
@@ -23,6 +24,22 @@ def test_counts_are_the_purchases():
     assert counts.sum() == len(part.events)
     by_item = part.events["item"].astype(int).value_counts().reindex(range(30), fill_value=0)
     assert np.array_equal(np.asarray(counts.sum(axis=0)).ravel(), by_item.to_numpy())
+
+
+def test_a_fit_that_is_kept_is_made_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("RECPLAY_CACHE", str(tmp_path))  # put back afterwards
+    kept = []
+
+    def fit(spec):
+        cached_in = cache_folder()
+        kept.append((cached_in, list(cached_in.glob("*"))))
+
+    monkeypatch.setattr(fit_speed.FittedSimulator, "fit", fit)
+    for _ in range(2):
+        size = {"items": 30, "share": 0.02, "seed": 0, "device": "cpu"}
+        assert measured("fitted users", size)["events"] > 0
+    assert kept[0][0] != kept[1][0]
+    assert all(not inside for _, inside in kept)
 
 
 def test_rows_have_a_curve_and_yardsticks(monkeypatch):
