@@ -5,6 +5,7 @@ Double (van Hasselt et al., 2016), dueling (Wang et al., 2016), n-step, prioriti
 """
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,10 +14,18 @@ from torch import Tensor
 
 from agents.base import AgentSpec, Decision, Mask, Transition, allowed_items
 from agents.checks import check_finite, check_loss, not_negative, positive, share, whole
-from agents.explore import epsilon_greedy_probs, epsilon_greedy_slate, epsilon_greedy_slate_probs
+from agents.explore import (
+    epsilon_greedy_probs,
+    epsilon_greedy_slate,
+    epsilon_greedy_slate_probs,
+    highest,
+    joined,
+    row_blocks,
+)
 from agents.nets import QNet, Seen
-from agents.priorities import Priorities
+from agents.priorities import Priorities, check_priority
 from agents.replay import Replay
+from agents.retrieval import Index, check_candidates, check_mask, greedy_probs, greedy_slates
 from agents.saving import (
     catalog_signature,
     check_catalog,
@@ -28,17 +37,27 @@ from agents.saving import (
 from agents.schedules import check_schedule, linear, lr_at, set_lr
 from encoders.state import EMPTY, Observation
 
+NEAR = 2**18  # values of what comes next that are held at once: 2 MB
 
-def next_value(q: Tensor, choose: Tensor, allowed: Tensor, k: int) -> Tensor:
+
+def next_value(q: Tensor, choose: Tensor, allowed: Tensor | None, k: int) -> Tensor:
     """Values, choosing values, allowed (B, N) each, to the mean value (B,) of the K items chosen.
 
     Values may be quantiles (B, N, Q), then the mean has them (B, Q). Double Q-learning (van Hasselt
     et al., 2016) when `choose` comes from another net than `q`. Where fewer than K are allowed the
     missing slots are worth nothing.
     """
-    best = choose.masked_fill(~allowed, -torch.inf).topk(min(k, q.shape[1]), dim=1).indices
-    chosen = torch.take_along_dim(q, _like(best, q), dim=1)  # (B, K) or (B, K, Q)
-    return (chosen * _like(allowed.gather(1, best), q)).mean(dim=1)
+    best, real = next_slate(choose, allowed, k)  # (B, K) each
+    return (torch.take_along_dim(q, _like(best, q), dim=1) * _like(real, q)).mean(dim=1)
+
+
+def next_slate(choose: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """Choosing values and allowed (B, N) to the K best (B, K), and which of them are allowed."""
+    if allowed is not None:
+        choose = torch.where(allowed, choose, -torch.inf)
+    best = highest(choose, min(k, choose.shape[1]))[1]  # (B, K)
+    real = torch.ones_like(best, dtype=torch.bool) if allowed is None else allowed.gather(1, best)
+    return best, real
 
 
 def slot_targets(slot_return: Tensor, discount: Tensor, value: Tensor) -> Tensor:
@@ -80,16 +99,7 @@ def optimizer_of(net: QNet, lr: float, shrink: float) -> torch.optim.Optimizer:
     held = {id(p) for p in personal}
     rest = [p for p in net.parameters() if id(p) not in held]
     groups = [{"params": personal, "weight_decay": shrink}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr)
-
-
-def check_priority(priority: float, total: int | None) -> None:
-    """Refuse prioritised replay where nothing says when its correction is to be whole."""
-    if priority and total is None:
-        raise ValueError(
-            f"priority={priority} needs the env steps of the whole training, at whose end beta "
-            "is 1: build the agent with AgentSpec(total_steps=...), or use priority=0"
-        )
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 class DQN:
@@ -99,6 +109,8 @@ class DQN:
     every update. It is also what serves users: among thousands of items the highest value of a net
     that still jitters is one that jittered upwards.
     """
+
+    index: Index | None = None  # of what describes items: training does not change it
 
     def __init__(
         self,
@@ -127,6 +139,7 @@ class DQN:
         learning_starts: int = 1000,
         grad_clip: float = 10.0,
         shrink: float = 40.0,
+        candidates: int = 0,
         amp: bool = False,
         compile: bool = False,
     ) -> None:
@@ -142,21 +155,20 @@ class DQN:
         not_negative(shrink=shrink, priority=priority)
         check_priority(priority, spec.total_steps)
         self.spec, self.gamma, self.batch_size = spec, gamma, batch_size
-        self.lr, self.schedule, self.beta = lr, schedule, beta
+        self.lr, self.schedule, self.beta, self.tau = lr, schedule, beta, tau
         self.epsilons = (epsilon_start, epsilon_end, epsilon_steps)
-        self.replay_ratio, self.tau, self.double = replay_ratio, tau, double
-        self.learning_starts, self.grad_clip = learning_starts, grad_clip
-        self.kappa, self.amp = kappa, amp
+        self.replay_ratio, self.double, self.learning_starts = replay_ratio, double, learning_starts
+        self.kappa, self.amp, self.grad_clip, self.candidates = kappa, amp, grad_clip, candidates
         form: dict[str, Any] = {"head": head, "width": width, "dueling": dueling}
         self.net = QNet(spec, memory=memory, quantiles=quantiles, **form)
+        check_candidates(candidates, spec, self.net)
         self.target = copy.deepcopy(self.net).requires_grad_(False)
         self.optimizer = optimizer_of(self.net, lr, shrink)
         self.replay = Replay(capacity, spec=spec, n_step=n_step, gamma=gamma)
         self.priorities = Priorities(priority, device=spec.device) if priority else None
         self.generator = torch.Generator(spec.device).manual_seed(spec.seed)
         self.signature = catalog_signature(spec.item_vectors)
-        self.env_steps, self.updates = 0, 0
-        self.budget = 0.0  # samples earned by env steps and not yet drawn
+        self.env_steps, self.updates, self.budget = 0, 0, 0.0  # of samples earned and not yet drawn
         # functions of tensors are compiled, not modules: state dicts keep their names
         self.values_and_targets = torch.compile(self._both) if compile else self._both
 
@@ -171,23 +183,61 @@ class DQN:
         return self._mean(self.target(obs))
 
     def act(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Decision:
-        epsilon = self.epsilon if explore else 0.0
-        allowed = self._allowed(obs, mask)
-        return epsilon_greedy_slate(
-            self.scores(obs), allowed, self.spec.slate_size, epsilon, self.generator
-        )
+        epsilon, k = self.epsilon if explore else 0.0, self.spec.slate_size
+        if self.candidates and not explore:
+            slate = self._found(obs, mask, k)
+            return Decision(slate, torch.ones(slate.shape, device=slate.device))
+        made = [
+            epsilon_greedy_slate(q, allowed, k, epsilon, self.generator)
+            for _, q, allowed in self._blocks(obs, mask)
+        ]
+        return joined(made)
 
     def slate_probs(
         self, obs: Observation, mask: Mask, slate: Tensor, *, explore: bool = True
     ) -> Tensor:
         epsilon = self.epsilon if explore else 0.0
-        return epsilon_greedy_slate_probs(
-            self.scores(obs), self._allowed(obs, mask), slate, epsilon
-        )
+        if self.candidates and not explore:
+            return greedy_probs(self._found(obs, mask, slate.shape[1]), slate)
+        return torch.cat([
+            epsilon_greedy_slate_probs(q, allowed, slate[rows], epsilon)
+            for rows, q, allowed in self._blocks(obs, mask)
+        ])  # fmt: skip
 
     def action_probs(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Tensor:
         epsilon = self.epsilon if explore else 0.0
-        return epsilon_greedy_probs(self.scores(obs), self._allowed(obs, mask), epsilon)
+        if self.candidates and not explore:
+            return F.one_hot(self._found(obs, mask, 1)[:, 0], self.spec.num_items).float()
+        return torch.cat([
+            epsilon_greedy_probs(q, allowed, epsilon)
+            for _, q, allowed in self._blocks(obs, mask)
+        ])  # fmt: skip
+
+    @torch.no_grad()
+    def _found(self, obs: Observation, mask: Mask, k: int) -> Tensor:
+        """Greedy slates (B, K) among candidates, among all items where these were too few."""
+        check_mask(mask, len(obs), self.spec)
+        if self.index is None:
+            self.index = Index(self.target.read.described(), seed=self.spec.seed)
+        seen = self.target.read(obs)
+        slate, enough = greedy_slates(self.target, self.index, seen, mask, k, self.candidates)
+        rest = (~enough).nonzero().squeeze(1)  # (R,)
+        if len(rest):
+            few, part = obs[rest], None if mask is None else mask[rest]
+            exact = [
+                epsilon_greedy_slate(q, allowed, k, 0.0, self.generator).slate
+                for _, q, allowed in self._blocks(few, part)
+            ]
+            slate[rest] = torch.cat(exact)
+        return slate
+
+    @torch.no_grad()
+    def _blocks(self, obs: Observation, mask: Mask) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows, the order of their items (b, N) and what is allowed (b, N): never all users'."""
+        shop = self.target.ranking_shop()
+        for rows in row_blocks(len(obs), self.spec.num_items * self.net.quantiles):
+            q = self._mean(self.target.ranking(self.target.read(obs[rows]), shop))  # (b, N)
+            yield rows, q, self._allowed(obs[rows], None if mask is None else mask[rows])
 
     def update(self, transition: Transition) -> dict[str, Tensor]:
         """Remember a step of B users, then make the gradient steps that it has earned."""
@@ -224,10 +274,14 @@ class DQN:
         sample = self.replay.at(place)
         batch = sample.transition
         slate, real = batch.decision.slate, batch.decision.slate != EMPTY  # (B, K)
-        allowed = allowed_items(
-            batch.next_mask, len(slate), self.spec.num_items, slate.device, may_be_empty=True
+        allowed = (
+            None
+            if batch.next_mask is None
+            else allowed_items(
+                batch.next_mask, len(slate), self.spec.num_items, slate.device, may_be_empty=True
+            )
         )  # (B, N); who has left may have seen everything
-        seen, later = self.net.read(batch.obs), self.net.read(batch.next_obs)
+        seen, later = self.net.read.pair(batch.obs, batch.next_obs)
         q, target = self.values_and_targets(
             seen, later, slate, allowed, sample.slot_return, sample.discount
         )
@@ -245,9 +299,9 @@ class DQN:
 
         self.updates += 1
         with torch.no_grad():
-            pairs = zip(self.target.parameters(), self.net.parameters(), strict=True)
-            for slow, fast in pairs:
-                slow.lerp_(fast, self.tau)
+            torch._foreach_lerp_(
+                list(self.target.parameters()), list(self.net.parameters()), self.tau
+            )
         q, target = self._mean(q.detach()), self._mean(target)  # (B, K)
         error = (q - target).abs()  # (B, K)
         if self.priorities is not None:
@@ -262,17 +316,29 @@ class DQN:
         }
 
     def _both(
-        self, seen: Seen, later: Seen, slate: Tensor, allowed: Tensor,
+        self, seen: Seen, later: Seen, slate: Tensor, allowed: Tensor | None,
         slot_return: Tensor, discount: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Values of what was shown and their targets, (B, K) or (B, K, Q) each."""
         with torch.no_grad(), self._precision():
-            after = self.target.values(later)  # (B, N) or (B, N, Q)
-            choose = self._mean(self.net.values(later) if self.double else after)  # (B, N)
+            value = self._later(later, allowed)  # (B,) or (B, Q)
         with self._precision():  # one of its own: casts made without gradient are not to be reused
             q = self.net.values_of(seen, slate).float()
-        value = next_value(after.float(), choose, allowed, self.spec.slate_size)  # (B,) or (B, Q)
         return q, slot_targets(slot_return, discount, value)
+
+    def _later(self, later: Seen, allowed: Tensor | None) -> Tensor:
+        """What comes next is worth (B,) or (B, Q): the target prices no more than what is chosen.
+
+        All items are looked at for a few rows at a time, whose values stay in caches.
+        """
+        chooser, k = self.net if self.double else self.target, self.spec.slate_size
+        shop, slates = chooser.ranking_shop(), []
+        for rows in row_blocks(len(later), self.spec.num_items * chooser.quantiles, NEAR):
+            choose = self._mean(chooser.ranking(later[rows], shop))  # (b, N)
+            slates.append(next_slate(choose, None if allowed is None else allowed[rows], k))
+        best, real = (torch.cat(each) for each in zip(*slates, strict=True))  # (B, K)
+        value = self.target.values_of(later, best).float()  # (B, K) or (B, K, Q)
+        return (value * _like(real, value)).mean(dim=1)
 
     def _precision(self) -> torch.autocast:
         """Products in bfloat16 if wanted. Acting keeps float32: close values must stay apart."""
@@ -302,6 +368,7 @@ class DQN:
         check_catalog(self.signature, state["signature"])
         load_net(self.net, state["net"])
         load_net(self.target, state["target"])
+        self.index = None  # its axes may be of another sign there
         load_optimizer(self.optimizer, state["optimizer"])
         restore_generator(self.generator, state["generator"])
         self.env_steps, self.updates = state["env_steps"], state["updates"]

@@ -5,6 +5,9 @@ items tend to have small ids) and never by a fresh draw: `act` and `slate_probs`
 first.
 """
 
+from collections.abc import Iterator
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,12 +16,37 @@ from agents.base import Decision
 from encoders.state import EMPTY
 
 TIE_SEED = 20_240_229  # any constant: the same order in every process and after every reload
+BLOCK = 64  # items whose highest score is taken first: one pass instead of a heap of all
+CELLS = 6_000_000  # scores held at once: 24 MB, more would be pages anew for every block
 
 
-def break_ties(scores: Tensor) -> Tensor:
-    """Scores (..., N) to float64 (..., N) in the same order, equal ones told apart by item."""
+def row_blocks(rows: int, num_items: int, cells: int = CELLS) -> Iterator[slice]:
+    """Slices of the rows, at least 32 in each, whose scores of all items are about `cells`."""
+    step = max(32, cells // num_items)
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
+
+
+def joined(parts: list[Decision]) -> Decision:
+    """Decisions about some rows each, as one about all."""
+    slate, propensity = zip(*((part.slate, part.propensity) for part in parts), strict=True)
+    return Decision(torch.cat(slate), torch.cat(propensity))
+
+
+@lru_cache(maxsize=8)
+def tie_noise(num_items: int, device: torch.device) -> Tensor:
+    """A fixed number in [0, 1) for each item (N,), by which equal ones are told apart."""
     generator = torch.Generator().manual_seed(TIE_SEED)
-    noise = torch.rand(scores.shape[-1], generator=generator, dtype=torch.float64).to(scores.device)
+    return torch.rand(num_items, generator=generator, dtype=torch.float64).to(device)
+
+
+def break_ties(scores: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Scores (..., N) to float64 (..., N) in the same order, equal ones told apart by item.
+
+    `noise` is that of the items where the scores are not those of all.
+    """
+    if noise is None:
+        noise = tie_noise(scores.shape[-1], scores.device)
     # float32 neighbours are 6e-8 apart, relatively: 1e-9 never swaps them, 1e-30 parts the zeros.
     return scores.to(torch.float64, copy=True).mul_(1.0 + 1e-9 * noise).add_(1e-30 * noise)
 
@@ -133,10 +161,53 @@ def plackett_luce_probs(probs: Tensor, slate: Tensor) -> Tensor:
 
 
 def _best(scores: Tensor, allowed: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and items (B, K) of the K best allowed, best first; -inf where no more are allowed."""
+    """Values and items (B, K) of the K best allowed, best first; -inf where no more are allowed.
+
+    Only rows in which the last place is disputed are looked at in float64: elsewhere the K highest
+    are the same, and only these have to be put in order.
+    """
+    n = scores.shape[1]
+    k = min(k, n)
+    if scores.dtype != torch.float32 or k == n:
+        return _best_exact(scores, allowed, k)
+    given = scores if bool(allowed.all()) else torch.where(allowed, scores, -torch.inf)  # (B, N)
+    value, item = highest(given, k + 1)  # (B, K + 1) each
+    disputed = (value[:, k - 1] == value[:, k]) | value[:, 0].isnan()  # to topk nan is the most
+    item = item[:, :k]
+    exact = break_ties(value[:, :k], tie_noise(n, scores.device)[item])  # (B, K)
+    exact, order = exact.sort(dim=1, descending=True, stable=True)
+    item = item.gather(1, order)
+    rows = disputed.nonzero().squeeze(1)  # (R,)
+    if len(rows):
+        for part in row_blocks(len(rows), n):  # in float64, a few at a time
+            some = rows[part]
+            exact[some], item[some] = _best_exact(scores[some], allowed[some], k)
+    return exact, item
+
+
+def _best_exact(scores: Tensor, allowed: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same with every score in float64."""
     ranked = break_ties(scores).masked_fill_(~allowed, -torch.inf)  # (B, N)
-    first = ranked.topk(min(k, scores.shape[1]), dim=1)
+    first = ranked.topk(k, dim=1)
     return first.values, first.indices
+
+
+def highest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and items (B, k) as topk of (B, N), in the k blocks of items whose maxima are highest.
+
+    A block that is not among them holds nothing higher than the k maxima of those that are.
+    """
+    blocks = scores.shape[1] // BLOCK
+    if blocks < 4 * k:
+        value, item = scores.topk(k, dim=1)
+        return value, item
+    table = scores[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK))  # (B, N / BLOCK, BLOCK)
+    block = table.amax(dim=2).topk(k, dim=1).indices  # (B, k)
+    item = (block[:, :, None] * BLOCK + torch.arange(BLOCK, device=scores.device)).flatten(1)
+    rest = torch.arange(blocks * BLOCK, scores.shape[1], device=scores.device)
+    item = torch.cat([item, rest.expand(len(item), -1)], dim=1)  # (B, k * BLOCK + N % BLOCK)
+    value, place = scores.gather(1, item).topk(k, dim=1)
+    return value, item.gather(1, place)
 
 
 def _first(items: Tensor, free: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from agents.interactions import (
@@ -52,21 +53,23 @@ class ALS:
             weighed(past.counts(), weight), factors, regularization, alpha, iterations, seed
         )
         self.items = torch.from_numpy(fitted).to(device)  # (N, f)
+        self.gram = gram(self.items)  # (f, f)
 
     def scores(self, obs: Observation) -> Tensor:
         """(B, N); popularity where a user has no history."""
         items, count, _ = owned(obs, self.num_items)
         # Chosen in this session and before: one cell of the matrix, whose count is the sum.
-        once, total = cells(items, count, self.num_items)
+        once, total = cells(items, count)
         confidence = self.alpha * weighed(total, self.weight)  # (B, M)
-        users = als_users(once, confidence, self.items, self.regularization)  # (B, f)
-        return or_popular((users @ self.items.double().T).float(), items, self.ranks)
+        users = als_users(once, confidence, self.items, self.regularization, self.gram)  # (B, f)
+        return or_popular(users.float() @ self.items.T, items, self.ranks)
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_items": self.num_items, "items": self.items, "ranks": self.ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         restore(self, state, self.num_items, "items", "ranks")
+        self.gram = gram(self.items)
 
 
 def als_items(
@@ -85,25 +88,38 @@ def als_items(
     return np.array(model.item_factors, dtype=np.float32)
 
 
-def als_users(items: Tensor, confidence: Tensor, y: Tensor, regularization: float) -> Tensor:
+def gram(y: Tensor) -> Tensor:
+    """Item factors (N, f) to Y'Y (f, f) float64."""
+    exact = y.double()
+    return exact.T @ exact
+
+
+def als_users(
+    items: Tensor,
+    confidence: Tensor,
+    y: Tensor,
+    regularization: float,
+    together: Tensor | None = None,
+) -> Tensor:
     """Histories (B, M) with confidences and item factors (N, f) to users (B, f) float64.
 
-    The exact half-step of the library: (Y'Y + reg + sum (c - 1) y y') x = sum c y.
+    The exact half-step of the library: (Y'Y + reg + sum (c - 1) y y') x = sum c y. `together` is
+    Y'Y where it is known.
     """
-    y = y.double()
     f = y.shape[1]
-    gram = y.T @ y + regularization * torch.eye(f, dtype=y.dtype, device=y.device)  # (f, f)
+    whole = gram(y) if together is None else together
+    whole = whole + regularization * torch.eye(f, dtype=whole.dtype, device=y.device)  # (f, f)
     confidence = confidence.double() * (items != EMPTY)  # (B, M)
-    users = y.new_zeros(len(items), f)
+    users = whole.new_zeros(len(items), f)
     for rows, m in chunks(items, f):
-        own = y[items[rows, :m].clamp(min=0)]  # (b, m, f)
+        own = y[items[rows, :m].clamp(min=0)].double()  # (b, m, f)
         c = confidence[rows, :m]
         extra = (c - 1.0) * (items[rows, :m] != EMPTY)  # (b, m)
         right = torch.einsum("bm,bmf->bf", c, own)[:, :, None]  # (b, f, 1)
         if extra.any():
-            left = gram + own.transpose(1, 2) @ (own * extra[:, :, None])  # (b, f, f)
+            left = whole + own.transpose(1, 2) @ (own * extra[:, :, None])  # (b, f, f)
         else:
-            left = gram.expand(1, f, f)  # counts of 1 only: all users share it
+            left = whole.expand(1, f, f)  # counts of 1 only: all users share it
         users[rows] = torch.cholesky_solve(right, torch.linalg.cholesky(left)).squeeze(2)
     return users
 
@@ -142,7 +158,7 @@ class BPR:
     def scores(self, obs: Observation) -> Tensor:
         """(B, N); popularity where a user has no history."""
         items, count, _ = owned(obs, self.num_items)
-        once, _ = cells(items, count, self.num_items)
+        once, _ = cells(items, count)
         users = bpr_users(
             once, self.items, self.bias, self.negatives, self.mass, self.regularization
         )  # (B, f)
@@ -224,15 +240,16 @@ def bpr_users(
     return users
 
 
-def cells(items: Tensor, count: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
+def cells(items: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Histories (B, M) with each item in its first place only, and its whole count there."""
-    total = spread(items, count, num_items).gather(1, items.clamp(min=0))  # (B, M)
-    place = torch.arange(items.shape[1], device=items.device).expand_as(items)  # (B, M)
-    first = torch.full((len(items), num_items + 1), items.shape[1], device=items.device)
-    slot = torch.where(items == EMPTY, num_items, items)  # (B, M)
-    first = first.scatter_reduce(1, slot, place, "amin")  # (B, N + 1)
-    once = torch.where(first.gather(1, slot) == place, items, EMPTY)  # (B, M)
-    return once, total * (once != EMPTY)
+    ids, order = items.sort(dim=1, stable=True)  # (B, M): equal ones side by side, as they came
+    new = F.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)  # (B, M)
+    group = new.cumsum(dim=1) - 1  # (B, M)
+    total = torch.zeros_like(count).scatter_add_(1, group, count.gather(1, order))
+    kept = new & (ids != EMPTY)  # (B, M)
+    once = torch.full_like(items, EMPTY).scatter_(1, order, torch.where(kept, ids, EMPTY))
+    whole = torch.zeros_like(count).scatter_(1, order, total.gather(1, group) * kept)
+    return once, whole
 
 
 def chunks(items: Tensor, width: int) -> Iterator[tuple[Tensor, int]]:

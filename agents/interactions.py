@@ -282,9 +282,11 @@ def popular_ranks(past: Interactions, seed: int) -> Tensor:
 
 
 def or_popular(scores: Tensor, items: Tensor, ranks: Tensor) -> Tensor:
-    """Scores (B, N); of a user without any item (B, M) the ranks (N,) of popularity."""
-    nothing = (items == EMPTY).all(dim=1, keepdim=True)  # (B, 1)
-    return torch.where(nothing, ranks.to(scores.dtype), scores)
+    """Scores (B, N), changed in place; of a user without any item (B, M) the popular ranks (N,)."""
+    nothing = (items == EMPTY).all(dim=1)  # (B,)
+    if nothing.any():
+        scores[nothing] = ranks.to(scores.dtype)
+    return scores
 
 
 def restore(model: Any, state: dict[str, Any], num_items: int, *names: str) -> None:

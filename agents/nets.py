@@ -28,7 +28,9 @@ FADES = (
 BENDS = 16  # hidden units on the traces: wishes multiply, a straight line would go below zero
 LEFT = 8  # best items of the past not shown yet that V(s) looks at
 TRACES = 6 + 2 * len(FADES)  # features of the memory term
+Bought = tuple[Tensor, Tensor]  # what is read of a past: for the state, and traces (B, T, H)
 HEADS = ("dot", "dense", "two_tower")
+Shop = tuple[Tensor | None, Tensor | None, Tensor]  # what values say of items, whoever looks
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Seen:
     past: Tensor  # (B, H) int64, EMPTY-padded
     traces: Tensor  # (B, T, H), zeros where the past is empty
     shown: Tensor  # (B, H) bool: items of the past that this trip has shown, and empty places
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    def __getitem__(self, rows: slice) -> "Seen":
+        return Seen(self.state[rows], self.past[rows], self.traces[rows], self.shown[rows])
 
 
 def linear(size: int, out: int, generator: torch.Generator, gain: float = 1.0) -> nn.Linear:
@@ -79,9 +87,31 @@ class Reader(nn.Module):
         self.size = spec.profile_size + spec.context_size + means + 3 + spec.feedback_size  # U
         self.to(spec.device)
 
-    def forward(self, obs: Observation) -> Seen:
+    def described(self, ids: Tensor | None = None) -> Tensor:
+        """What a dot head's values are linear in (..., R + 2): axes, log popularity, popularity."""
+        some = slice(-1) if ids is None else ids  # of all items, or of these
+        return torch.cat([self.items[some], self.fame[some][..., 1:]], dim=-1)
+
+    def forward(self, obs: Observation, bought: Bought | None = None) -> Seen:
+        bought = self.bought(obs) if bought is None else bought
+        return Seen(self.state(obs, bought), obs.past, bought[1], self.used_up(obs))
+
+    def pair(self, obs: Observation, later: Observation) -> tuple[Seen, Seen]:
+        """What is seen before and after; a past that is the same tensor in both is read once."""
+        names = ("past", "past_count", "past_age")
+        bought = self.bought(obs)
+        same = all(getattr(later, name) is getattr(obs, name) for name in names)
+        return self(obs, bought), self(later, bought if same else None)
+
+    def bought(self, obs: Observation) -> Bought:
+        """Of what was bought before: its part of the state (B, 2 (R + 1) + 2), and its traces."""
+        known = obs.past != EMPTY  # (B, H)
+        count = obs.past_count * known  # (B, H)
+        recent = torch.exp(-obs.past_age / RECENT) * known  # (B, H)
+        sums = [known.sum(dim=1, keepdim=True), count.sum(dim=1, keepdim=True)]
+        parts = [self.mean(obs.past, count), self.mean(obs.past, recent), *sums]
         traces = self.traces(obs) if self.memory else obs.past_count[:, None, :][:, :0]  # (B, 0, H)
-        return Seen(self.state(obs), obs.past, traces, self.used_up(obs))
+        return torch.cat(parts, dim=1), traces
 
     def used_up(self, obs: Observation) -> Tensor:
         """Which places (B, H) of the past are empty or were shown on this trip."""
@@ -111,24 +141,15 @@ class Reader(nn.Module):
             rows += [fresh, fresh * often]
         return torch.stack(rows, dim=1)
 
-    def state(self, obs: Observation) -> Tensor:
+    def state(self, obs: Observation, bought: Bought | None = None) -> Tensor:
         """All that is seen of users, to one vector each (B, U)."""
-        known, shown = obs.past != EMPTY, obs.history != EMPTY  # (B, H), (B, L)
-        count = obs.past_count * known  # (B, H)
-        recent = torch.exp(-obs.past_age / RECENT) * known  # (B, H)
+        past = (self.bought(obs) if bought is None else bought)[0]
+        shown = obs.history != EMPTY  # (B, L)
         liked = obs.feedback * shown[:, :, None]  # (B, L, F)
-        means = [self.mean(obs.past, count), self.mean(obs.past, recent)]
-        means.append(self.mean(obs.history, shown.to(count.dtype)))
+        means = [past[:, :-2], self.mean(obs.history, shown.to(past.dtype))]
         means += [self.mean(obs.history, column) for column in liked.unbind(dim=2)]
-        scalars = torch.cat(
-            [
-                known.sum(dim=1, keepdim=True),
-                count.sum(dim=1, keepdim=True),
-                shown.sum(dim=1, keepdim=True),
-                liked.abs().sum(dim=1),
-            ],
-            dim=1,
-        )  # (B, 3 + F)
+        counts = [past[:, -2:], shown.sum(dim=1, keepdim=True), liked.abs().sum(dim=1)]
+        scalars = torch.cat(counts, dim=1)  # (B, 3 + F)
         return torch.cat([obs.profile, obs.context, *means, scalars.log1p()], dim=1)
 
     def mean(self, ids: Tensor, weight: Tensor) -> Tensor:
@@ -202,32 +223,74 @@ class QNet(nn.Module):
         layers = (self.dense,) if self.head == "dense" else (self.user, self.item, self.bias)
         return [p for layer in layers for p in layer.parameters()]
 
-    def values(self, seen: Seen) -> Tensor:
-        """Values (B, N) of all items; with quantiles (B, N, Q)."""
+    def shop(self) -> Shop:
+        """Layers (N, W), biases and fame (N, 1) of the items; a dense head has but fame."""
+        table, famous = self.items[:-1], self.famous(self.read.fame[:-1])  # (N, R + 1), (N, 1)
+        if self.head == "dense":
+            return None, None, famous
+        return self.item(table), self.bias(table), famous
+
+    def values(self, seen: Seen, shop: Shop | None = None) -> Tensor:
+        """Values (B, N) of all items; with quantiles (B, N, Q). `shop`: that of `shop()`."""
         hidden = self.body(seen.state)  # (B, W)
-        table = self.items[:-1]  # (N, R + 1)
+        q, extra = self._differences(hidden, seen, self.shop() if shop is None else shop)
+        level = self.level(hidden, extra, seen.shown)  # (B, 1) or (B, Q)
+        return q + level[:, None, :] if self.quantiles > 1 else q.add_(level)
+
+    def ranking(self, seen: Seen, shop: Shop | Tensor | None = None) -> Tensor:
+        """What orders the items of each row (B, N) or (B, N, Q) as `values` does, for less.
+
+        `shop` is that of `ranking_shop()`.
+        """
+        hidden = self.body(seen.state)  # (B, W)
+        shop = self.ranking_shop() if shop is None else shop
+        if not isinstance(shop, Tensor):
+            return self._differences(hidden, seen, shop)[0]
+        q = (self.wishes(hidden) @ shop.T).float()  # (B, N)
+        return q.scatter_add_(1, seen.past.clamp(min=0), self.extra(hidden, seen))
+
+    def ranking_shop(self) -> Shop | Tensor:
+        """What `ranking` needs of the items, whoever looks."""
+        return self.read.described() if self.linear else self.shop()
+
+    @property
+    def linear(self) -> bool:
+        """Whether values are products of `wishes` and what describes items, but for their past."""
+        return self.head == "dot" and self.quantiles == 1
+
+    def wishes(self, hidden: Tensor) -> Tensor:
+        """Hidden (B, W) to what each number that describes an item is worth (B, R + 2).
+
+        The item's layer is applied to the user instead, which is the same sum in another order.
+        """
+        layer, famous = self.item.get_parameter("weight"), self.famous.weight
+        own = torch.addmm(
+            self.bias.weight, self.user(hidden), layer, alpha=self.scale
+        )  # (B, R + 1)
+        return F.pad(own, (0, 1)) + F.pad(famous, (own.shape[1] - 1, 0))  # fame is the last two
+
+    def _differences(self, hidden: Tensor, seen: Seen, shop: Shop) -> tuple[Tensor, Tensor]:
+        """Values before what moves all of a row, and the extra (B, H) of the past in them."""
+        item, bias, famous = shop
         if self.quantiles > 1:
-            q = self.spread(hidden, self.item(table) if self.head != "dense" else None)
-            if self.head != "dense":
-                q = q + self.bias(table)
-            q = q + self.famous(self.read.fame[:-1])  # (B, N, Q)
-        elif self.head == "dense":
-            q = self.dense(hidden) + self.famous(self.read.fame[:-1]).T  # (B, N)
+            q = self.spread(hidden, item)
+            if bias is not None:
+                q = q + bias
+            q = q + famous  # (B, N, Q)
+        elif item is None or bias is None:
+            q = self.dense(hidden).add_(famous.T)  # (B, N)
         else:
-            item = self.item(table)  # (N, W)
-            q = torch.addmm(
-                self.bias(table).T, self.user(hidden), item.T, alpha=self.scale
-            )  # (B, N)
-            q = q + self.famous(self.read.fame[:-1]).T
+            q = torch.addmm(bias.T, self.user(hidden), item.T, alpha=self.scale)  # (B, N)
+            q = q.add_(famous.T)  # in place: it is large
         q = q.float()  # autocast makes products bfloat16
         extra = self.extra(hidden, seen)  # (B, H)
         past = seen.past.clamp(min=0)  # (B, H)
         if self.quantiles > 1:
             wide = (*past.shape, self.quantiles)  # (B, H, Q)
-            q = q.scatter_add(1, past[:, :, None].expand(wide), extra[:, :, None].expand(wide))
-            return q + self.level(hidden, extra, seen.shown)[:, None, :]
-        q.scatter_add_(1, past, extra)
-        return q.add_(self.level(hidden, extra, seen.shown))
+            return q.scatter_add(
+                1, past[:, :, None].expand(wide), extra[:, :, None].expand(wide)
+            ), extra
+        return q.scatter_add_(1, past, extra), extra
 
     def values_of(self, seen: Seen, slate: Tensor) -> Tensor:
         """Values of a slate (B, K) alone, as `values` gives them: far cheaper to learn from."""

@@ -60,3 +60,12 @@ class Priorities:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.power, self.filled = state["power"].to(self.device, copy=True), state["filled"]
+
+
+def check_priority(priority: float, total: int | None) -> None:
+    """Refuse prioritised replay where nothing says when its correction is to be whole."""
+    if priority and total is None:
+        raise ValueError(
+            f"priority={priority} needs the env steps of the whole training, at whose end beta "
+            "is 1: build the agent with AgentSpec(total_steps=...), or use priority=0"
+        )

@@ -255,7 +255,12 @@ class Replay:
 
     def _read(self, first: Tensor, last: Tensor, column: Tensor) -> Transition:
         """The transition (n rows) whose first step is at `first` and whose last is at `last`."""
-        obs, next_obs = self._view("", first, column), self._view("next_", last, column)
+        before, after = self.data["memory"][first, column], self.data["next_memory"][last, column]
+        kept = self._memory(before)
+        # on most steps nothing but the trip has changed; on a GPU it would wait to know
+        same = before.device.type == "cpu" and torch.equal(before, after)
+        obs = self._view("", first, column, kept)
+        next_obs = self._view("next_", last, column, kept if same else self._memory(after))
         mask: Mask = None
         next_mask: Mask = None
         if self.mask_kind == "history":
@@ -278,14 +283,17 @@ class Replay:
             truncated=self.data["truncated"][last, column],
         )
 
-    def _view(self, side: str, t: Tensor, column: Tensor) -> Observation:
-        """The observation (n rows) before (`side` "") or after ("next_") step t."""
-        place = self.data[side + "memory"][t, column]  # (n,)
+    def _memory(self, place: Tensor) -> dict[str, Tensor]:
+        """Memories (n, ...) at places (n,)."""
         kept = {name: value[place] for name, value in self.memory.items()}
+        return {**kept, "past": kept["past"].long()}
+
+    def _view(self, side: str, t: Tensor, column: Tensor, kept: dict[str, Tensor]) -> Observation:
+        """The observation (n rows) before (`side` "") or after ("next_") step t."""
         seen = {name: self.data[side + name][t, column] for name in CHANGING}
         return Observation(
             profile=kept["profile"],
-            past=kept["past"].long(),
+            past=kept["past"],
             past_count=kept["past_count"],
             past_age=kept["past_age"],
             history=seen["history"].long(),

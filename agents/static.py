@@ -4,7 +4,7 @@ The bars that a learner has to clear. A model is fitted once, on the log before 
 asked about is all that was seen of a user until now, so that unseen users are served as well.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,9 @@ from agents.explore import (
     epsilon_greedy_probs,
     epsilon_greedy_slate,
     epsilon_greedy_slate_probs,
+    joined,
     plackett_luce_probs,
+    row_blocks,
     sample_slate,
     softmax_uniform,
     standardised,
@@ -82,24 +84,39 @@ class Static:
         return self.model.scores(obs)
 
     def act(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Decision:
-        allowed, k = self._allowed(obs, mask), self.spec.slate_size
-        if explore and self.temperature:
-            return sample_slate(self._soft(obs, allowed), k, self.generator)
-        return epsilon_greedy_slate(self.scores(obs), allowed, k, 0.0, self.generator)
+        k = self.spec.slate_size
+        soft, made = explore and self.temperature, []
+        for some, allowed in self._blocks(obs, mask):
+            if soft:
+                made.append(sample_slate(self._soft(some, allowed), k, self.generator))
+            else:
+                q = self.scores(some)  # (b, N)
+                made.append(epsilon_greedy_slate(q, allowed, k, 0.0, self.generator))
+        return joined(made)
 
     def slate_probs(
         self, obs: Observation, mask: Mask, slate: Tensor, *, explore: bool = True
     ) -> Tensor:
-        allowed = self._allowed(obs, mask)
-        if explore and self.temperature:
-            return plackett_luce_probs(self._soft(obs, allowed), slate)
-        return epsilon_greedy_slate_probs(self.scores(obs), allowed, slate, 0.0)
+        soft, probs, start = explore and self.temperature, [], 0
+        for some, allowed in self._blocks(obs, mask):
+            part = slate[start : start + len(some)]
+            if soft:
+                probs.append(plackett_luce_probs(self._soft(some, allowed), part))
+            else:
+                probs.append(epsilon_greedy_slate_probs(self.scores(some), allowed, part, 0.0))
+            start += len(some)
+        return torch.cat(probs)
 
     def action_probs(self, obs: Observation, mask: Mask, *, explore: bool = True) -> Tensor:
         allowed = self._allowed(obs, mask)
         if explore and self.temperature:
             return self._soft(obs, allowed).float()
         return epsilon_greedy_probs(self.scores(obs), allowed, 0.0)
+
+    def _blocks(self, obs: Observation, mask: Mask) -> Iterator[tuple[Observation, Tensor]]:
+        """What some users see and may be shown (b, N) at a time: never all users' scores."""
+        for rows in row_blocks(len(obs), self.spec.num_items):
+            yield obs[rows], self._allowed(obs[rows], None if mask is None else mask[rows])
 
     def update(self, transition: Transition) -> dict[str, Tensor]:
         return {}

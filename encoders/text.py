@@ -36,7 +36,7 @@ class TextEncoder:
         device: str = "auto",
         precision: str = "auto",
         max_tokens: int = 128,
-        batch_tokens: int = 2048,
+        batch_tokens: int = 1024,
         cache_dir: str | Path | None = None,
         progress: bool = True,
     ) -> None:
@@ -119,6 +119,8 @@ class TextEncoder:
         model, tokenizer = _from_pretrained(self.folder, local_files_only=True)
         bf16_weights = self.precision == "bf16" and self.device == "cpu"
         dtype = torch.bfloat16 if bf16_weights else torch.float32
+        if bf16_weights:  # the fused kernel of attention is made for longer texts
+            model.set_attn_implementation("eager")
         return model.to(device=self.device, dtype=dtype).eval(), tokenizer
 
 

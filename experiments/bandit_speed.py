@@ -17,6 +17,7 @@ from agents.epsilon_greedy import EpsilonGreedy
 from agents.lints import LinTS
 from agents.linucb import LinUCB
 from encoders.state import EMPTY, Observation
+from experiments.bench_rows import Row, Speed, fixed, row
 
 ARMS, FEATURES, BATCH, DECISIONS = 100, 64, 256, 100_000
 NOISE, ALPHA = 0.1, 0.5  # of a reward; of both LinUCBs, in the peer's unit
@@ -26,8 +27,11 @@ PEER = "contextualbandits LinUCB"
 Turn = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], None]]
 
 
-def rows(repeats: int, seed: int, quick: bool) -> list[dict[str, Any]]:
-    """Every policy's decisions per CPU-second, the median of repeats, and its share of regret."""
+def rows(repeats: int, seconds: float, seed: int, quick: bool, device: str = "cpu") -> list[Row]:
+    """Every policy's decisions per CPU-second and its regret, beside the peer's.
+
+    A window is a whole log of decisions, however many `seconds` it takes.
+    """
     from threadpoolctl import threadpool_limits
 
     decisions = DECISIONS // 50 if quick else DECISIONS
@@ -35,38 +39,22 @@ def rows(repeats: int, seed: int, quick: bool) -> list[dict[str, Any]]:
     with threadpool_limits(1):  # its libraries would wait for each other on all cores
         runs = [{name: play(turn(seed), decisions, seed) for name, turn in turns.items()}
                 for _ in range(repeats)]  # fmt: skip
-    found: list[dict[str, Any]] = []
-    for name in runs[0]:
-        rates = sorted(run[name][0] for run in runs)
-        found.append(
-            {"bench": "bandits", "case": name, "product": rates[len(rates) // 2],
-             "unit": "decisions per CPU-second", "regret": runs[0][name][1], "repeats": repeats,
-             "decisions": decisions}
-        )  # fmt: skip
-    theirs = next((row["product"] for row in found if row["case"] == PEER), None)
-    for row in found:
-        row["ratio_to_peer"] = row["product"] / theirs if theirs else None
+    speeds = {name: Speed(tuple(run[name][0] for run in runs), tuple(run[name][1] for run in runs))
+              for name in turns}  # fmt: skip
+    regret = {name: runs[0][name][2] for name in turns}
+    size = f"{ARMS} arms x {FEATURES} features, batches of {BATCH}, {decisions:,} decisions"
+    found = []
+    for name in turns:
+        if name != PEER:
+            goal = 1.0 if name == "LinUCB" else None  # the peer's algorithm at the peer's alpha
+            found += [
+                row("bandits", f"{name}: {size}", "decisions per CPU-second", speeds[name],
+                    peer=speeds.get(PEER), peer_name=PEER, peer_goal=goal and GOAL),
+                row("bandits", f"{name}: how many times less regret than random arms, {size}",
+                    "x", fixed(1 / regret[name]), peer_name=PEER, peer_goal=goal,
+                    peer=fixed(1 / regret[PEER]) if PEER in regret else None),
+            ]  # fmt: skip
     return found
-
-
-def text(found: list[dict[str, Any]]) -> str:
-    """A line for each, and whether the goal is reached."""
-    head = (
-        f"{ARMS} arms x {FEATURES} features, batches of {BATCH}, {found[0]['decisions']:,} "
-        "decisions; regret as a share of that of random arms"
-    )
-    lines = [head]
-    for row in found:
-        said = f"{row['case']}: {row['product']:,.0f} {row['unit']}, regret {row['regret']:.3f}"
-        ratio = row["ratio_to_peer"]
-        lines.append(said if ratio is None else f"{said}, {ratio:.2f} x the peer")
-    ours = {row["case"]: row for row in found}
-    if PEER not in ours:
-        return "\n".join([*lines, f"no {PEER}: `pip install contextualbandits` to compare"])
-    mine, peer = ours["LinUCB"], ours[PEER]
-    reached = mine["ratio_to_peer"] >= GOAL and mine["regret"] <= peer["regret"]
-    said = "reached" if reached else "not reached"
-    return "\n".join([*lines, f"goal {GOAL:g} x with no more regret: {said}"])
 
 
 def policies() -> dict[str, Callable[[int], Turn]]:
@@ -157,23 +145,23 @@ def first_at_random(decide: Callable[[Tensor], Tensor], peer: Any) -> Callable[[
     return any_then
 
 
-def play(turn: Turn, decisions: int, seed: int) -> tuple[float, float]:
-    """Decisions per CPU-second, and regret as a share of that of random arms."""
+def play(turn: Turn, decisions: int, seed: int) -> tuple[float, float, float]:
+    """Decisions per CPU-second and per second, and regret as a share of that of random arms."""
     decide, learn = turn
-    clock, missed, even, made = 0.0, 0.0, 0.0, 0
+    cpu, wall, missed, even, made = 0.0, 0.0, 0.0, 0.0, 0
     for x, paid, noise in world(decisions, seed):
-        begun = time.process_time()
+        begun, clock = time.process_time(), time.perf_counter()
         arm = decide(x)
-        clock += time.process_time() - begun
+        cpu, wall = cpu + time.process_time() - begun, wall + time.perf_counter() - clock
         mean = paid.gather(1, arm[:, None]).squeeze(1)  # (B,)
-        begun = time.process_time()
+        begun, clock = time.process_time(), time.perf_counter()
         learn(x, arm, mean + noise)
-        clock += time.process_time() - begun
+        cpu, wall = cpu + time.process_time() - begun, wall + time.perf_counter() - clock
         best = paid.amax(dim=1)  # (B,)
         missed += (best - mean).sum().item()
         even += (best - paid.mean(dim=1)).sum().item()
         made += len(x)
-    return made / clock, missed / even
+    return made / cpu, made / wall, missed / even
 
 
 def world(decisions: int, seed: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

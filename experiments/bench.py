@@ -1,11 +1,12 @@
-"""Measure how fast things are, in CPU time, and how right the evaluator is where truth is known.
+"""Measure how fast things are, beside peers and limits, and how right the evaluator is.
 
 python experiments/bench.py bench=env
-python experiments/bench.py bench=rank
-python experiments/bench.py bench=agents
-python experiments/bench.py bench=bandits
+python experiments/bench.py bench=train
+python experiments/bench.py bench=ope obp=WHEEL
 python experiments/bench.py bench=ope_accuracy
-python experiments/bench.py bench=ope_speed obp=WHEEL
+python experiments/bench.py bench=all out=docs/performance.json
+python experiments/bench.py bench=page out=docs/performance.json
+python experiments/bench.py bench=check
 """
 
 import sys
@@ -18,193 +19,180 @@ from experiments import cli
 if __name__ == "__main__":
     sys.argv[1:] = cli.check("bench", __doc__, sys.argv[1:])  # before torch: at once
 
-import statistics
+import importlib
+import json
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
-from itertools import cycle
 from typing import Any
 
 import hydra
 import torch
 from omegaconf import DictConfig
 
-from envs.recommend import RecommendVectorEnv
-from experiments.run_folder import refuse_unwritable, write_json
-from simulators.base import UserSimulator
+from experiments.bench_check import compared
+from experiments.bench_page import hardware, write_page
+from experiments.bench_rows import Row, table
+from experiments.run_folder import ROOT, refuse_unwritable, write_json
 
-POOL = 32  # random slates drawn before the clock starts, shown in turn
-WARM_UP = 20  # steps nobody times: rows desynchronise, so that users leave at every step
+BENCHES = {  # in the order of bench=all: each a module with `rows(...)`, and what else it takes
+    "env": ("env_speed", ("curves", "size")),
+    "train": ("train_speed", ()),
+    "encode": ("encode_speed", ()),
+    "fit": ("fit_speed", ()),
+    "scoring": ("scoring_speed", ()),
+    "ope": ("ope_speed", ("curves", "obp")),
+    "rank": ("rank_speed", ()),
+    "bandits": ("bandit_speed", ()),
+    "startup": ("startup_speed", ()),
+}  # fmt: skip
+OTHERS = ("ope_accuracy", "all", "page", "check")
+REPEATS, ACCURACY, FEW = 5, 100, 3  # windows; logs a world of ope_accuracy; windows of a check
+COMMITTED = ROOT / "docs" / "performance.json"
+PASSED_ON = ("seconds", "repeats", "quick", "curves", "obp", "device", "threads", "seed")
 
 
 @hydra.main(version_base="1.3", config_path=str(cli.CONF), config_name="bench")
 def main(cfg: DictConfig) -> None:
-    """Run one benchmark and print its table."""
+    """Run one benchmark and print its table, or all."""
     with cli.plain_errors():
         checked(cfg)
         refuse_unwritable(cfg.out, "out", file=True)
         torch.set_num_threads(cfg.threads)
-        rows = BENCHES[cfg.bench](cfg)
-        print(TEXTS[cfg.bench](rows))
-        if cfg.out:
-            write_json(Path(cfg.out), rows)
+        if cfg.bench == "ope_accuracy":
+            accuracy(cfg)
+        elif cfg.bench == "page":
+            print(f"wrote {write_page(Path(cfg.out), read(Path(cfg.out)))}")
+        elif cfg.bench == "all":
+            measure_all(cfg)
+        elif cfg.bench == "check":
+            check(cfg)
+        else:
+            rows = measured(cfg)
+            print(table(rows))
+            if cfg.out:
+                machine = hardware(cfg.threads, cfg.device)
+                write_json(Path(cfg.out), {"hardware": {cfg.bench: machine}, "rows": rows})
 
 
-def bench_env(cfg: DictConfig) -> list[dict[str, Any]]:
-    """User-slates per CPU-second of an environment that is shown random slates, by its users.
-
-    Included: observations as ids, draws, answers, rewards, and new users where old ones leave.
-    """
-    from experiments import env_speed
-
-    return [env_row(cfg, name, world) for name, world in env_speed.worlds(cfg).items()]
-
-
-def env_row(cfg: DictConfig, name: str, world: UserSimulator) -> dict[str, Any]:
-    """The row of one kind of users."""
-    env = RecommendVectorEnv(
-        world, num_envs=cfg.users, slate_size=cfg.slate_size, max_steps=cfg.max_steps,
-        observation="ids", output="torch", seed=cfg.seed,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(cfg.seed)
-    keys = (torch.rand(cfg.users, cfg["items"], generator=generator) for _ in range(POOL))
-    slates = cycle([key.topk(cfg.slate_size, dim=1).indices for key in keys])  # (B, K) each
-    env.reset()
-    for _ in range(WARM_UP):
-        env.step(next(slates))
-    rates = [
-        cfg.users * calls_per_second(lambda: env.step(next(slates)), cfg.seconds)
-        for _ in range(repeats_of(cfg))
-    ]
-    case = (
-        f"RecommendVectorEnv, {name}, {cfg.users} users, {cfg['items']} items, "
-        f"slate {cfg.slate_size}, random slates, {cfg.threads} thread{'s' * (cfg.threads > 1)}"
+def measured(cfg: DictConfig) -> list[Row]:
+    """The rows of one benchmark."""
+    name, more = BENCHES[cfg.bench]
+    module = importlib.import_module(f"experiments.{name}")
+    extra = {key: cfg[key] for key in more if key != "size"}
+    if "size" in more:
+        keys = ("users", "items", "slate_size", "dim", "max_steps")
+        extra["size"] = module.Size(**{key: cfg[key] for key in keys})
+    repeats = REPEATS if cfg.repeats is None else cfg.repeats
+    rows: list[Row] = module.rows(
+        repeats, float(cfg.seconds), cfg.seed, cfg.quick, cfg.device, **extra
     )
-    return summary("env", case, rates, "user-slates per CPU-second")
+    return rows
 
 
-def bench_ope_accuracy(cfg: DictConfig) -> list[dict[str, Any]]:
+def accuracy(cfg: DictConfig) -> None:
     """Bias, RMSE, coverage and choices of every off-policy estimator in worlds of known truth."""
     from experiments import ope_accuracy
 
-    return ope_accuracy.accuracy(repeats_of(cfg), cfg.seed, cfg.quick)
+    repeats = ACCURACY if cfg.repeats is None else cfg.repeats
+    rows = ope_accuracy.accuracy(repeats, cfg.seed, cfg.quick)
+    print(ope_accuracy.text(rows))
+    if cfg.out:
+        write_json(Path(cfg.out), rows)
 
 
-def accuracy_text(rows: list[dict[str, Any]]) -> str:
-    """Its tables."""
-    from experiments import ope_accuracy
+def measure_all(cfg: DictConfig) -> None:
+    """Run every benchmark in a process of its own, then write table and page.
 
-    return ope_accuracy.text(rows)
-
-
-def bench_ope_speed(cfg: DictConfig) -> list[dict[str, Any]]:
-    """The evaluator's time against that of obp's estimators, and its memory on many files."""
-    from experiments import ope_speed
-
-    return ope_speed.speed(cfg.obp, repeats_of(cfg), cfg.seed, cfg.quick)
-
-
-def speed_text(rows: list[dict[str, Any]]) -> str:
-    """Its table."""
-    from experiments import ope_speed
-
-    return ope_speed.text(rows)
+    What one of them could not measure is kept from the table that is there.
+    """
+    out = Path(cfg.out)
+    before = read(out) if out.exists() else {"hardware": {}, "rows": []}
+    for found in runs(cfg):
+        before = merged(before, found)
+        write_json(out, before)  # after each: an interrupted run keeps what it has
+    print(f"wrote {out} and {write_page(out, before)}")
 
 
-def bench_rank(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Ranking and judging lists of all items against a loop over users, and the fit of EASE."""
-    from experiments import rank_speed
-
-    return rank_speed.rows(repeats_of(cfg))
-
-
-def rank_text(rows: list[dict[str, Any]]) -> str:
-    """Its lines."""
-    from experiments import rank_speed
-
-    return rank_speed.text(rows)
-
-
-def bench_agents(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Env steps per CPU-second of our DQN and of Stable-Baselines3's in its two set-ups."""
-    from experiments import agent_speed
-
-    return agent_speed.speeds(repeats_of(cfg), cfg.seed, cfg.quick)
+def runs(cfg: DictConfig) -> Any:
+    """What each benchmark found, one after the other; a line for one that failed."""
+    words = [f"{key}={'null' if cfg[key] is None else cfg[key]}" for key in PASSED_ON]
+    for i, bench in enumerate(BENCHES, start=1):
+        print(f"[{i}/{len(BENCHES)}] bench={bench}", flush=True)
+        begun = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "rows.json"
+            command = [sys.executable, str(Path(__file__)), f"bench={bench}", f"out={file}", *words]
+            done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+            took = f"{time.perf_counter() - begun:.0f} s"
+            if done.returncode or not file.exists():
+                said = (done.stderr.strip().splitlines() or ["no word why"])[-1]
+                print(f"bench={bench} failed after {took}: {said}", flush=True)
+                continue
+            print(f"bench={bench} took {took}", flush=True)
+            yield read(file)
 
 
-def agents_text(rows: list[dict[str, Any]]) -> str:
-    """Its lines."""
-    from experiments import agent_speed
-
-    return agent_speed.text(rows)
-
-
-def bench_bandits(cfg: DictConfig) -> list[dict[str, Any]]:
-    """Decisions per CPU-second and regret of linear bandits beside contextualbandits."""
-    from experiments import bandit_speed
-
-    return bandit_speed.rows(repeats_of(cfg), cfg.seed, cfg.quick)
+def merged(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The table with the rows of the benchmarks that were run in place of their old ones."""
+    kept = [row for row in before["rows"] if row["bench"] not in found["hardware"]]
+    rows = sorted([*kept, *found["rows"]], key=lambda row: list(BENCHES).index(row["bench"]))
+    return {"hardware": {**before["hardware"], **found["hardware"]}, "rows": rows}
 
 
-def bandits_text(rows: list[dict[str, Any]]) -> str:
-    """Its lines."""
-    from experiments import bandit_speed
-
-    return bandit_speed.text(rows)
-
-
-def repeats_of(cfg: DictConfig) -> Any:
-    """As given, or as many as the benchmark needs."""
-    return REPEATS[cfg.bench] if cfg.repeats is None else cfg.repeats
-
-
-BENCHES: dict[str, Callable[[DictConfig], list[dict[str, Any]]]] = {
-    "env": bench_env, "ope_accuracy": bench_ope_accuracy, "ope_speed": bench_ope_speed,
-    "rank": bench_rank, "agents": bench_agents, "bandits": bench_bandits,
-}  # fmt: skip
-TEXTS: dict[str, Callable[[list[dict[str, Any]]], str]] = {
-    "env": lambda rows: "\n".join(map(line, rows)), "ope_accuracy": accuracy_text,
-    "ope_speed": speed_text, "rank": rank_text, "agents": agents_text, "bandits": bandits_text,
-}  # fmt: skip
-REPEATS = {"env": 5, "ope_accuracy": 100, "ope_speed": 5, "rank": 5, "agents": 3, "bandits": 3}
+def check(cfg: DictConfig) -> None:
+    """Fail where a ratio lost more than it may against the committed table."""
+    committed = read(Path(cfg.out) if cfg.out else COMMITTED)
+    cfg.repeats, cfg.curves = FEW if cfg.repeats is None else cfg.repeats, False
+    verdicts = compared(committed["rows"], [row for found in runs(cfg) for row in found["rows"]])
+    print("\n".join(map(str, verdicts)))
+    lost = sum(verdict.lost for verdict in verdicts)
+    absent = sum(verdict.absent for verdict in verdicts)
+    print(f"{len(verdicts)} ratios: {lost} lost more than they may, {absent} absent on one side")
+    if lost:
+        raise SystemExit(1)
 
 
-def calls_per_second(call: Callable[[], Any], seconds: float) -> float:
-    """Calls per second of CPU time of this process, over a window of `seconds`."""
-    calls, begun = 0, time.process_time()
-    while (passed := time.process_time() - begun) < seconds or not calls:
-        call()
-        calls += 1
-    return calls / passed
-
-
-def summary(bench: str, case: str, rates: list[float], unit: str) -> dict[str, Any]:
-    """One row of the table: the median of the windows, and how far they lie apart."""
-    return {"bench": bench, "case": case, "product": statistics.median(rates), "unit": unit,
-            "min": min(rates), "max": max(rates), "repeats": len(rates)}  # fmt: skip
-
-
-def line(row: dict[str, Any]) -> str:
-    """A row of the table as text."""
-    return (
-        f"{row['case']}: {row['product']:,.0f} {row['unit']} "
-        f"(median of {row['repeats']}, {row['min']:,.0f} to {row['max']:,.0f})"
-    )
+def read(path: Path) -> dict[str, Any]:
+    """A table as bench=all writes it."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: python experiments/bench.py bench=all out={path}")
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict) or set(found) != {"hardware", "rows"}:
+        raise ValueError(
+            f"{path} is no table of benchmarks: expected hardware and rows, as bench=all out=PATH "
+            "writes them"
+        )
+    return found
 
 
 def checked(cfg: DictConfig) -> None:
-    """Refuse numbers that make no sense before any work."""
-    if cfg.bench not in BENCHES:
-        raise ValueError(f"bench must be one of {', '.join(BENCHES)}, got {cfg.bench!r}")
+    """Refuse what makes no sense before any work."""
+    names = (*BENCHES, *OTHERS)
+    if cfg.bench not in names:
+        raise ValueError(f"bench must be one of {', '.join(names)}, got {cfg.bench!r}")
     least = {"users": 1, "items": 2, "slate_size": 1, "dim": 1, "max_steps": 1, "repeats": 1,
              "threads": 1, "seed": 0}  # fmt: skip
     for key, bound in least.items():
-        value = repeats_of(cfg) if key == "repeats" else cfg[key]
+        value = cfg[key]
+        if key == "repeats" and value is None:
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or value < bound:
             raise ValueError(f"{key} must be a whole number of at least {bound}, got {value!r}")
-    if not isinstance(cfg.quick, bool):
-        raise ValueError(f"quick must be true or false, got {cfg.quick!r}")
+    for key in ("quick", "curves"):
+        if not isinstance(cfg[key], bool):
+            raise ValueError(f"{key} must be true or false, got {cfg[key]!r}")
     if not isinstance(cfg.seconds, int | float) or not cfg.seconds > 0:
         raise ValueError(f"seconds must be above 0, got {cfg.seconds!r}")
+    if cfg.device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {cfg.device!r}")
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no CUDA device: use device=cpu")
+    if cfg.bench in ("all", "page") and not str(cfg.out).endswith(".json"):
+        raise ValueError(
+            f"bench={cfg.bench} writes a table and a page beside it: give out=PATH.json, got "
+            f"out={cfg.out}"
+        )
 
 
 if __name__ == "__main__":

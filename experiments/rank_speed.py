@@ -1,8 +1,6 @@
 """How fast all items are ranked and judged for many users, against a plain loop over users."""
 
 import math
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,37 +11,43 @@ from scipy.sparse import csr_matrix
 
 from agents.linear import EASE
 from evaluation.ranking import metrics, rank
+from experiments.bench_rows import Row, Work, in_turn, row
 
 Array = np.ndarray
 USERS, ITEMS, KNOWN, RELEVANT, K = 1000, 10_000, 50, 20, 10
 FITTED, FILLED = (943, 1682), 0.063  # users and items of ml-100k, and how full their table is
 
 
-def rows(repeats: int) -> list[dict[str, Any]]:
-    """The two races: CPU seconds of ours, of the other, and how many times ours is faster."""
-    scores, relevant, known = world(USERS, ITEMS, KNOWN, RELEVANT, seed=0)
-    ours = seconds(partial(batched, scores, relevant, known, K), repeats)
-    loop = seconds(partial(one_by_one, scores, relevant, known, K), repeats)
-    counts = csr_matrix(np.random.default_rng(0).random(FITTED) < FILLED, dtype=np.float32)
-    fit = seconds(partial(EASE, counts), repeats)
-    case = f"rank {USERS:,} users x {ITEMS:,} items, k={K}, with all metrics"
+def rows(repeats: int, seconds: float, seed: int, quick: bool, device: str = "cpu") -> list[Row]:
+    """Ours against a loop over users, and the fit of EASE."""
+    cut = 20 if quick else 1
+    users, items = USERS // cut, ITEMS // cut
+    scores, relevant, known = world(users, items, KNOWN, RELEVANT, seed=seed)
+
+    def judge(way: Callable[..., Any]) -> int:
+        way(scores, relevant, known, K)
+        return users
+
+    size = tuple(x // cut for x in FITTED)
+    counts = csr_matrix(np.random.default_rng(seed).random(size) < FILLED, dtype=np.float32)
+
+    def fit() -> int:
+        EASE(counts)
+        return 1
+
+    works: dict[str, Work] = {
+        "ours": partial(judge, batched),
+        "loop": partial(judge, one_by_one),
+        "fit": fit,
+    }
+    speeds = in_turn(works, repeats, seconds)
+    case = f"rank {users:,} users x {items:,} items, k={K}, with all metrics"
     return [
-        {"bench": "rank", "case": case, "product": ours, "peer": loop, "ratio_to_peer": loop / ours,
-         "peer_name": "a loop over users (NumPy)"},
-        {"bench": "rank", "case": f"fit EASE on {FITTED[0]} users x {FITTED[1]} items",
-         "product": fit, "peer": None, "ratio_to_peer": None, "peer_name": None},
+        row("rank", case, "users per CPU-second", speeds["ours"], peer=speeds["loop"],
+            peer_name="a loop over users (NumPy)"),
+        row("rank", f"fit EASE on {size[0]} users x {size[1]} items", "fits per CPU-second",
+            speeds["fit"]),
     ]  # fmt: skip
-
-
-def text(found: list[dict[str, Any]]) -> str:
-    """A line for each."""
-    lines = []
-    for row in found:
-        said = f"{row['case']}: {row['product']:.4f} CPU-seconds"
-        if row["peer"]:
-            said += f", {row['peer_name']} {row['peer']:.4f}: {row['ratio_to_peer']:.1f} x"
-        lines.append(said)
-    return "\n".join(lines)
 
 
 def world(
@@ -106,14 +110,3 @@ def judged(top: list[int], wanted: set[int], k: int) -> dict[str, float]:
         "precision": hits / k, "recall": hits / len(wanted), "ndcg": gain / ideal,
         "map": precisions / best, "mrr": first, "hit": float(hits > 0),
     }  # fmt: skip
-
-
-def seconds(work: Callable[[], Any], repeats: int) -> float:
-    """CPU seconds, the median of some after one that nobody times."""
-    work()
-    spent = []
-    for _ in range(repeats):
-        began = time.process_time()
-        work()
-        spent.append(time.process_time() - began)
-    return statistics.median(spent)

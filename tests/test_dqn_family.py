@@ -92,8 +92,10 @@ def test_places_of_no_surprise_keep_a_chance_of_the_floor_to_the_power_alpha():
 @pytest.mark.parametrize(("double", "worth"), [(True, 5.0), (False, 9.0)])
 def test_the_net_picks_the_next_slate_only_where_it_is_double(double, worth):
     agent = toy_dqn(toy_spec(items=3), double=double)
-    agent.net.values = lambda seen: torch.tensor([[8.0, 1.0, 2.0]])  # likes item 0
-    agent.target.values = lambda seen: torch.tensor([[5.0, 7.0, 9.0]])
+    for net, values in ((agent.net, [8.0, 1.0, 2.0]), (agent.target, [5.0, 7.0, 9.0])):
+        known = torch.tensor([values])  # the net likes item 0, the target item 2
+        net.ranking = lambda seen, shop, known=known: known
+        net.values_of = lambda seen, slate, known=known: known.gather(1, slate)
     seen = agent.net.read(toy_obs(torch.tensor([1])))
     allowed, zero = torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 1)
     _, target = agent._both(seen, seen, torch.tensor([[1]]), allowed, zero, torch.ones(1))

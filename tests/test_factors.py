@@ -202,7 +202,7 @@ def test_a_user_who_had_everything_is_no_failure():
 def test_cells_keep_each_item_once_and_its_whole_count(rows):
     items = torch.tensor(rows)
     count = torch.arange(1.0, items.numel() + 1.0).reshape(items.shape)
-    once, total = cells(items, count, 7)
+    once, total = cells(items, count)
     for row, owns, kept, sums in zip(items, count, once, total, strict=True):
         for item in set(row.tolist()) - {EMPTY}:
             assert (kept == item).sum() == 1

@@ -187,3 +187,14 @@ def test_value_nets_of_two_seeds_differ():
     one, other, same = (ValueNet(SPEC, width=16, seed=seed)(seen) for seed in (1, 2, 1))
     assert torch.equal(one, same)
     assert not torch.allclose(one, other)
+
+
+def test_a_pair_is_read_as_both_are_alone():
+    read, obs = Reader(SPEC), observe()
+    later = replace(obs, history=obs.history.roll(1, dims=1))
+    other = replace(later, past_count=obs.past_count + 1.0)
+    for after in (later, other):  # the same past, and one that changed
+        for got, wanted in zip(read.pair(obs, after), (read(obs), read(after)), strict=True):
+            for name in ("state", "past", "traces", "shown"):
+                assert torch.equal(getattr(got, name), getattr(wanted, name))
+    assert not torch.equal(*(seen.traces for seen in read.pair(obs, other)))

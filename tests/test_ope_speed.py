@@ -1,7 +1,5 @@
 """The benchmark of speed compares like with like; what made the evaluator fast kept it right."""
 
-import json
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 from evaluation.diagnostics import EXPONENTS, WeightSums, tail_shape
 from evaluation.moments import FEW, Moments
 from experiments import ope_speed
+from experiments.bench_rows import alone
 
 ESTIMATORS = """
 from ..utils import one
@@ -59,15 +58,23 @@ def size(wheel: str) -> ope_speed.Row:
             "seed": 0, "wheel": wheel}  # fmt: skip
 
 
-def test_a_missing_wheel_is_refused_with_how_to_get_it() -> None:
+def test_without_a_wheel_a_line_says_how_to_get_it_and_ours_is_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for where in (None, "nowhere.whl"):
-        with pytest.raises(ValueError, match=r"pip download --no-deps obp==0\.4\.1.*obp=obp"):
-            ope_speed.speed(where, 1, 0, True)
+        assert ope_speed.found_wheel(where) is None
+        assert "pip download --no-deps obp==0.4.1" in capsys.readouterr().out
+    few = {**size("x"), "wheel": None}
+    cases = (ope_speed.columns_case, ope_speed.shrinkage_case, ope_speed.bootstrap_case)
+    for entry in [entry for case in cases for entry in case(few)]:
+        assert entry["product"] > 0
+        assert entry["peer"] is None
+        assert entry["peer_name"].startswith("obp 0.4.1's")
 
 
 def test_estimators_are_read_from_a_wheel_whose_packages_do_not_import(wheel: str) -> None:
     (row,) = ope_speed.columns_case(size(wheel))
-    assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"])
+    assert row["ratio_to_peer"] == pytest.approx(row["product"] / row["peer"])
     assert row["case"].endswith("2,000 rows")
 
 
@@ -78,11 +85,35 @@ def test_what_does_not_say_the_same_is_not_timed() -> None:
 
 def test_both_numbers_of_resamples_are_shown(wheel: str) -> None:
     rows = ope_speed.bootstrap_case(size(wheel))
-    assert [r["against"] for r in rows][:2] == [
-        "IPW, bootstrap of 1,000",
-        "IPW, bootstrap of 1,200",
+    assert [r["peer_name"] for r in rows][:2] == [
+        "obp 0.4.1's IPW, bootstrap of 1,000",
+        "obp 0.4.1's IPW, bootstrap of 1,200",
     ]
-    assert [r["goal"] for r in rows] == [1000, 1000, 5]
+    assert [r["peer_goal"] for r in rows] == [1000, 1000, 5]
+    assert len({(r["bench"], r["case"]) for r in rows}) == 3
+
+
+@pytest.mark.parametrize(("start", "each"), [(0.5, 2e-7), (0.0, 1e-6)])
+def test_a_line_is_extrapolated_with_its_error(start: float, each: float) -> None:
+    n = np.repeat([1e5, 1e6, 1e7], 3)
+    truth = start + each * n
+    seconds, error = ope_speed.extrapolated(np.stack([n, truth], axis=1), 10**9)
+    assert seconds == pytest.approx(start + each * 1e9, rel=1e-6)
+    assert error < 1e-3 * seconds
+    strayed = truth * np.tile([0.9, 1.0, 1.1], 3)
+    seconds, error = ope_speed.extrapolated(np.stack([n, strayed], axis=1), 10**9)
+    assert abs(seconds - (start + each * 1e9)) < error < 0.3 * seconds
+
+
+def test_a_curve_of_rows_says_where_each_point_lies_and_what_a_billion_would_take() -> None:
+    few = {**size(""), "line": (3000, 6000, 12_000)}
+    *points, far = ope_speed.line_rows(few)
+    assert [(p["curve"], p["at"]) for p in points] == [
+        ("rows", 3000), ("rows", 6000), ("rows", 12_000),
+    ]  # fmt: skip
+    assert all(p["memory_mib"] > 50 for p in points)
+    assert "1,000,000,000 rows, extrapolated" in far["case"]
+    assert far["low"] < far["product"] < far["high"]
 
 
 def test_a_world_is_logged_by_a_distribution() -> None:
@@ -101,27 +132,11 @@ def test_files_are_evaluated_in_a_process_of_their_own_as_polars_adds_them_up(
     tmp_path: Path,
 ) -> None:
     ope_speed.write_files(tmp_path, 3, 5000, seed=0)
-    ours = ope_speed.alone("files", {"where": f"{tmp_path}/*.parquet"})
-    bare = ope_speed.alone("polars", {"where": f"{tmp_path}/*.parquet"})
+    ours = alone("ope_speed", "files", {"where": f"{tmp_path}/*.parquet"})
+    bare = alone("ope_speed", "polars", {"where": f"{tmp_path}/*.parquet"})
     assert ours["value"] == pytest.approx(bare["value"], rel=1e-12)
     assert ours["seconds"] > 0
-    assert 50 * ope_speed.MIB < ours["peak"] < 400 * ope_speed.MIB
-
-
-def test_memory_is_that_of_the_process_not_of_its_parent() -> None:
-    held = np.ones(60 * ope_speed.MIB // 8 * 8)  # the parent's 480 MiB
-    code = "from experiments.ope_speed import peak; print(peak())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          cwd=ope_speed.ROOT, check=True)  # fmt: skip
-    assert float(done.stdout) < held.nbytes
-
-
-def test_the_table_says_what_was_not_reached() -> None:
-    rows = [ope_speed.compared("one", 0.1, 3.0, 50, "other"),
-            ope_speed.compared("two", 0.1, 6.0, 50, "other")]  # fmt: skip
-    one, two = ope_speed.text(json.loads(json.dumps(rows))).splitlines()
-    assert "30 x (goal 50 x: not reached)" in one
-    assert "60 x (goal 50 x: reached)" in two
+    assert 50 < ours["peak"] < 400
 
 
 @given(st.lists(st.one_of(st.floats(0, 1e300), st.sampled_from(
