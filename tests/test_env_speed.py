@@ -13,7 +13,7 @@ from experiments.bench_rows import KEYS, fixed, row
 from experiments.env_limit import BareStep
 from experiments.env_speed import Size
 from simulators.base import SimSpec
-from simulators.fitted import Assumptions
+from simulators.settings import Assumptions
 from simulators.worlds import TinyWorld
 
 SMALL = Size(users=48, items=120, slate_size=5, dim=8, max_steps=7, households=30)

@@ -132,7 +132,7 @@ def test_the_kit_names_wrong_tables_and_missing_members():
         "users.past: must be torch.int64, got torch.int32",
         "users.start: must be torch.float64, got torch.float32",
     ]
-    sim.users = replace(TinyWorld(SPEC).users, past=torch.full((400, 60), 3))
+    sim.users = replace(TinyWorld(SPEC).users, past=torch.full_like(TinyWorld(SPEC).users.past, 3))
     assert any("has an item twice" in p for p in check_simulator(sim))
     assert "needs the members catalog, behaviours, users" in check_simulator(object())[0]
 
