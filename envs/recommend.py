@@ -23,12 +23,11 @@ from envs.checks import (
 from envs.excluded import Excluded, among
 from envs.rewards import Margin, Reward, doubt, units
 from envs.saved import env_state, restore_env
+from envs.shown import Shown, repeated
 from envs.spaces import observation_space, to_numpy, within
 from simulators.base import Response, UserSimulator, UserState
 from simulators.draws import Draws
 
-PAIRS = 64  # slots up to which comparing each with all above it is faster than a sort
-BOARD = 20_000  # up to so many items a (B, N) table of what was shown is cheaper than a search
 TURNS = 1 << 20  # episodes of one row before its numbers run into the next row's
 
 
@@ -158,10 +157,7 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
 
     def fresh_board(self) -> None:
         """Nothing was shown to anybody on this trip."""
-        self.board: Tensor | None = None
-        if self.num_items <= BOARD:  # column N stands for the empty slot: never allowed
-            self.blank = torch.arange(self.num_items + 1, device=self.device) == self.num_items
-            self.board = self.blank.repeat(self.num_envs, 1)  # (B, N + 1)
+        self.shown = Shown(self.num_envs, self.num_items, self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Where all sessions are, as plain tensors."""
@@ -253,14 +249,7 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _allowed(self, slate: Tensor) -> Tensor:
         """Which slots (B, K) show an item not shown on this trip before, nor higher up."""
-        higher = repeated(slate)  # (B, K)
-        inside = (slate >= 0) & (slate < self.num_items)  # (B, K)
-        if self.board is None:
-            history = self._now().history  # (B, L)
-            before = (history[:, None, :] == slate[:, :, None]).any(dim=2)  # (B, K)
-        else:
-            before = self.board.gather(1, torch.where(inside, slate, self.num_items))  # (B, K)
-        allowed = inside & ~before & ~higher
+        allowed = ~(self.shown.before(slate, self._now().history) | repeated(slate))
         return allowed if self.never is None else allowed & ~among(slate, self.never)
 
     def _rewarded(self, response: Response) -> Tensor:
@@ -282,8 +271,7 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         behaviours = torch.arange(did.shape[2], device=self.device)  # (F,)
         cells = place[:, :, None] * did.shape[2] + behaviours  # (B, K, F) of feedback as (B, L * F)
         feedback = view.feedback.flatten(1).scatter(1, cells.flatten(1), did.flatten(1))
-        if self.board is not None:
-            self.board.scatter_(1, torch.where(shown == EMPTY, self.num_items, shown), True)
+        self.shown.note(shown)
         return replace(
             view,
             history=view.history.scatter(1, place, shown),
@@ -345,8 +333,7 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
     def _blank(self, rows: Tensor) -> None:
         """Rows (R,) begin a trip: nothing was shown yet."""
         self.trip_steps = self.trip_steps.index_fill(0, rows, 0)
-        if self.board is not None:
-            self.board[rows] = self.blank
+        self.shown.forget(rows)
 
     def _encoded(self, view: Observation) -> Observation | Tensor:
         return view if self.encode is None else self.encode(view)
@@ -361,20 +348,6 @@ class RecommendVectorEnv(VectorEnv[Any, Any, Any]):
         arrays: dict[str, Any] = to_numpy(info)
         # RecordEpisodeStatistics and Stable-Baselines3 keep their own record under "episode".
         return {"episode_id" if k == "episode" else k: v for k, v in arrays.items()}
-
-
-def repeated(slate: Tensor) -> Tensor:
-    """Which slots (B, K) show what a higher one shows too."""
-    if slate.shape[1] > PAIRS:
-        ordered, order = slate.sort(dim=1, stable=True)  # (B, K) each: equal items side by side
-        again = torch.zeros_like(slate, dtype=torch.bool)
-        again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-        return torch.empty_like(again).scatter_(1, order, again)
-    column = slate.T.contiguous()  # (K, B)
-    again = torch.zeros_like(column, dtype=torch.bool)
-    for slot in range(1, len(column)):
-        torch.any(column[:slot] == column[slot], dim=0, out=again[slot])
-    return again.T
 
 
 def part_of(response: Response, tensor: Tensor) -> bool:

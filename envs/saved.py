@@ -3,10 +3,9 @@
 from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from encoders.state import EMPTY, Observation
+from encoders.state import Observation
 from simulators.draws import Draws
 
 ROWS = ("turn", "user", "episode", "steps", "trip_steps", "time")  # one value a user, (B,) each
@@ -46,7 +45,5 @@ def restore_env(env: Any, state: dict[str, Any]) -> None:
     env.view = Observation(**{name: here(value) for name, value in state["view"].items()})
     env.forbid()
     env.fresh_board()
-    if env.board is not None:
-        shown = env.view.history  # (B, L) of this trip
-        env.board.scatter_(1, torch.where(shown == EMPTY, env.num_items, shown), True)
+    env.shown.note(env.view.history)  # of this trip
     env.seen = env._encoded(env.view)

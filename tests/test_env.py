@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import envs.recommend
+import envs.shown
 from encoders.state import EMPTY, calendar
 from envs import RecommendEnv, RecommendVectorEnv
 from envs.rewards import Weighted, incremental, revenue, units
@@ -157,9 +157,10 @@ def test_history_and_feedback_say_what_was_shown_and_what_came_of_it():
     assert obs.feedback.sum() > 0
 
 
-@pytest.mark.parametrize("board", [envs.recommend.BOARD, 0], ids=["board", "search"])
+@pytest.mark.parametrize("board", [envs.shown.BOARD, 0], ids=["board", "shared"])
 def test_repeats_and_nothing_are_shown_as_empty_slots_and_counted(board, monkeypatch):
-    monkeypatch.setattr(envs.recommend, "BOARD", board)
+    monkeypatch.setattr(envs.shown, "BOARD", board)
+    monkeypatch.setattr(envs.shown, "SHARED", 7)
     env = batched(PATIENT, num_envs=3)
     env.reset()
     env.step(torch.tensor([[1, 2, 3], [1, 2, 3], [4, 5, 6]]))
@@ -172,6 +173,55 @@ def test_repeats_and_nothing_are_shown_as_empty_slots_and_counted(board, monkeyp
     assert not info["response"].chosen["buy"][info["slate"] == EMPTY].any()
     env.reset()
     assert env.action_masks().all()
+
+
+def test_sharing_columns_forbids_the_same(monkeypatch):
+    answers = []
+    for most in (envs.shown.BOARD, 0):
+        monkeypatch.setattr(envs.shown, "BOARD", most)
+        monkeypatch.setattr(envs.shown, "SHARED", 11)
+        env = batched(num_envs=40, max_steps=9)
+        env.reset()
+        assert env.shown.exact == bool(most)
+        rng = torch.Generator().manual_seed(0)
+        infos = [env.step(torch.randint(-1, 60, (40, 3), generator=rng))[-1] for _ in range(30)]
+        answers.append(torch.stack([info["slate"] for info in infos]))
+        with pytest.raises(ValueError, match="60"):  # no item of the catalogue
+            env.step(torch.full((40, 3), 60))
+    assert torch.equal(*answers)
+    assert (answers[0] == EMPTY).float().mean() > 0.05
+
+
+def test_long_slates_are_searched_for_repeats_as_short_ones(monkeypatch):
+    slate = torch.randint(0, 20, (50, 12), generator=torch.Generator().manual_seed(0))
+    short = envs.shown.repeated(slate)
+    monkeypatch.setattr(envs.shown, "PAIRS", 1)
+    assert torch.equal(envs.shown.repeated(slate), short)
+    rows = [[i in row[:k] for k, i in enumerate(row)] for row in slate.tolist()]
+    assert short.tolist() == rows
+
+
+def test_what_a_simulator_keeps_or_tells_is_not_written_over():
+    class Telling(TinyWorld):
+        """Tells a tensor of its state, and hands on one that it keeps."""
+
+        def start(self, users, draws):
+            self.kept = torch.ones(len(users)) if len(users) == 200 else torch.zeros(len(users))
+            return super().start(users, draws) | {"told": users.float()[:, None], "kept": self.kept}
+
+        def respond(self, state, slate, draws):
+            response, state = super().respond(state, slate, draws)
+            return replace(response, value=state["told"].expand(slate.shape)), state
+
+    env = batched(Telling(SPEC), num_envs=200)
+    env.reset()
+    first = env.simulator.kept
+    for slate in slates(env, 12):
+        user = env.user
+        *_, info = env.step(slate)
+        assert torch.equal(info["response"].value[:, 0], user.float())  # of who was asked
+        assert torch.equal(env.state["told"][:, 0], env.user.float())
+    assert (first == 1.0).all()
 
 
 def test_running_out_of_steps_is_truncation_and_leaving_is_termination():
@@ -223,7 +273,7 @@ def test_a_new_trip_forgets_what_was_shown_and_remembers_what_was_bought():
         expected = before.past_count.sum(1) + bought
         assert torch.equal(last.past_count.sum(1)[moved], expected[moved])
         assert (after.history[moved] == EMPTY).all()
-        assert not env.board[moved, :-1].any()  # what was shown may be shown anew
+        assert not env.shown.board[moved, :-1].any()  # what was shown may be shown anew
         assert torch.allclose(env.time[moved], (time + info["response"].elapsed)[moved])
         assert torch.equal(after.context[moved], calendar(env.time[moved]))
         still = ~(moved | terminated | truncated)

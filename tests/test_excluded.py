@@ -139,7 +139,7 @@ def test_memory_is_that_of_the_rules_not_of_users_times_items():
 @pytest.mark.parametrize("steps", [1, 12])
 @pytest.mark.parametrize("board", [20_000, 10])
 def test_the_env_shows_nothing_that_is_forbidden(steps, board, monkeypatch):
-    monkeypatch.setattr("envs.recommend.BOARD", board)  # both ways of looking up what was shown
+    monkeypatch.setattr("envs.shown.BOARD", board)  # both ways of looking up what was shown
     excluded = forbidden()
     env, free = session(excluded=excluded), session()
     env.reset(seed=1), free.reset(seed=1)
