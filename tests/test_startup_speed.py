@@ -1,6 +1,7 @@
 """Start-up is timed from outside, in processes; what cannot start is told."""
 
 import sys
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -23,9 +24,11 @@ def test_the_first_env_step_of_a_run_is_seen_from_the_start_of_its_process() -> 
     assert found["peak"] > 100
 
 
-def test_what_cannot_start_is_told_in_its_last_line() -> None:
-    with pytest.raises(ValueError, match=r"^error: .*config"):
-        startup_speed.first_step("custom", 0, "cpu")  # whose tables nobody named
+def test_what_cannot_start_is_told_in_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = CompletedProcess([], 2, stdout="", stderr="Traceback ...\nerror: no config\n")
+    monkeypatch.setattr(startup_speed.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(ValueError, match="^error: no config$"):
+        startup_speed.first_step("custom", 0, "cpu")
 
 
 def test_rows_hold_seconds_to_goals_and_skip_an_env_without_data(

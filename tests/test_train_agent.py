@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from agents.base import Decision, Transition
 from encoders.state import Observation
 from evaluation.decisions import meta, read, seen_by
-from experiments import train_agent
+from experiments import cli, train_agent
 from experiments.checkpoints import folders, newest
 from experiments.curves import Curves
 from experiments.run_folder import open_folder
@@ -311,16 +311,16 @@ def test_points_of_the_curves_are_of_the_episodes_that_ended(tmp_path: Path) -> 
     ],
 )
 def test_bad_words_are_refused_and_nothing_is_touched(
-    words: list[str], said: str, tmp_path: Path
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "experiments" / "train_agent.py"), *SMALL, *words,
-         f"run_dir={tmp_path / 'run'}"],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""},
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+    def typed() -> None:
+        checked = cli.check("train_agent", "", [*SMALL, *words])  # as the script does, first of all
+        command(tmp_path / "run", *checked[len(SMALL) :])
+
+    with pytest.raises(SystemExit) as stop:
+        typed()
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
