@@ -27,7 +27,7 @@ def test_the_first_env_step_of_a_run_is_seen_from_the_start_of_its_process() -> 
 def test_what_cannot_start_is_told_in_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = CompletedProcess([], 2, stdout="", stderr="Traceback ...\nerror: no config\n")
     monkeypatch.setattr(startup_speed.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(ValueError, match="^error: no config$"):
+    with pytest.raises(ValueError, match=r"^error: no config$"):
         startup_speed.first_step("custom", 0, "cpu")
 
 
