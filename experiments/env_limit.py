@@ -94,10 +94,15 @@ class BareStep:
             block = slice(start, start + BLOCK)
             near = embedding(slate[block], world.catalog.vectors)  # (b, K, D)
             torch.sum(near.mul_(taste[block, None]), dim=2, out=theta[block])
-        theta.mul_(world.taste).add_(world.truth.bias[slate])
+        flat = slate.flatten()  # an index takes three times as long as `index_select`
+        bias, gap, price = (
+            x.index_select(0, flat).view_as(slate)
+            for x in (world.truth.bias, world.truth.gap, world.catalog.price)
+        )  # (B, K) each
+        theta.mul_(world.taste).add_(bias)
         place = torch.searchsorted(past, slate).clamp_(max=past.shape[1] - 1)  # (B, K)
         times = count.gather(1, place).mul_(past.gather(1, place) == slate)  # (B, K)
-        wanted = age.gather(1, place).div_(world.truth.gap[slate]).clamp_(max=2.0)  # (B, K)
+        wanted = age.gather(1, place).div_(gap).clamp_(max=2.0)  # (B, K)
         wanted.add_(times.log1p()).sub_(1.0).mul_(times > 0)
         theta.add_(wanted, alpha=world.again).masked_fill_(hidden, -torch.inf)
         noise = gumbel(self.uniform(self.trip[:, None], slate + self.salt))  # (B, K)
@@ -109,7 +114,7 @@ class BareStep:
         chosen = (self.slots == top) & (best > outside)  # (B, K)
         bought = chosen.any(dim=1)  # (B,)
         left = lone[:, 1] < torch.where(bought, world.stop, world.patience)  # (B,)
-        value = world.catalog.price[slate].mul_(chosen)  # (B, K)
+        value = price.mul_(chosen)  # (B, K)
         # what the next observation holds
         cell = self.steps[:, None] * self.slate_size + self.slots  # (B, K)
         self.history.scatter_(1, cell, shown)
