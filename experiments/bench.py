@@ -68,11 +68,12 @@ def main(cfg: DictConfig) -> None:
         elif cfg.bench == "check":
             check(cfg)
         else:
+            before = there(cfg.out)  # refused, if it is something else, before the work
             rows = measured(cfg)
             print(table(rows))
             if cfg.out:
-                machine = hardware(cfg.threads, cfg.device)
-                write_json(Path(cfg.out), {"hardware": {cfg.bench: machine}, "rows": rows})
+                found = {"hardware": {cfg.bench: hardware(cfg.threads, cfg.device)}, "rows": rows}
+                write_json(Path(cfg.out), merged(before, found))
 
 
 def measured(cfg: DictConfig) -> list[Row]:
@@ -106,8 +107,7 @@ def measure_all(cfg: DictConfig) -> None:
 
     What one of them could not measure is kept from the table that is there.
     """
-    out = Path(cfg.out)
-    before = read(out) if out.exists() else {"hardware": {}, "rows": []}
+    out, before = Path(cfg.out), there(cfg.out)
     for found in runs(cfg):
         before = merged(before, found)
         write_json(out, before)  # after each: an interrupted run keeps what it has
@@ -138,6 +138,13 @@ def merged(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     kept = [row for row in before["rows"] if row["bench"] not in found["hardware"]]
     rows = sorted([*kept, *found["rows"]], key=lambda row: list(BENCHES).index(row["bench"]))
     return {"hardware": {**before["hardware"], **found["hardware"]}, "rows": rows}
+
+
+def there(out: str | None) -> dict[str, Any]:
+    """The table that is at `out` already, or an empty one."""
+    if out is None or not Path(out).exists():
+        return {"hardware": {}, "rows": []}
+    return read(Path(out))
 
 
 def check(cfg: DictConfig) -> None:

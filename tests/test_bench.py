@@ -82,6 +82,7 @@ def test_memory_is_that_of_the_process_not_of_its_parent() -> None:
 
 def test_the_command_writes_rows_and_the_machine(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
+    out.write_text(json.dumps(found("env", "old")))
     done = subprocess.run(
         [sys.executable, str(ROOT / "experiments" / "bench.py"), "bench=rank", "quick=true",
          "seconds=.01", "repeats=2", f"out={out}"],
@@ -89,12 +90,21 @@ def test_the_command_writes_rows_and_the_machine(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     table = json.loads(out.read_text())
-    assert set(table["hardware"]) == {"rank"}
+    assert set(table["hardware"]) == {"env", "rank"}  # what was there is kept
     assert table["hardware"]["rank"]["threads"] == 1
-    for made in table["rows"]:
+    assert [made["case"] for made in table["rows"] if made["bench"] == "env"] == ["old"]
+    for made in (made for made in table["rows"] if made["bench"] == "rank"):
         assert set(made) == set(KEYS)
         assert made["case"] in done.stdout
         assert 0 < made["low"] <= made["product"] <= made["high"]
+
+
+def test_a_file_that_is_no_table_is_not_written_over(tmp_path: Path) -> None:
+    out = tmp_path / "mine.json"
+    out.write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match=r"mine\.json is no table of benchmarks"):
+        bench.there(str(out))
+    assert bench.there(None) == bench.there(str(tmp_path / "none.json"))
 
 
 def test_all_keeps_what_was_not_measured_and_goes_on_after_a_failure(
