@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from simulators.base import Catalog
-from simulators.prices import Elasticity
+from simulators.prices import CHEAPEST, Elasticity
 from simulators.settings import check_offers
-from sources.checks import require_columns
 
 
 def read_offers(path: str | Path, catalog: Catalog) -> tuple[Tensor, Tensor]:
@@ -22,13 +21,21 @@ def read_offers(path: str | Path, catalog: Catalog) -> tuple[Tensor, Tensor]:
     """
     file = Path(path)
     check_offers(file)
-    table = pd.read_csv(file, dtype="str")
-    require_columns(table, ("item",), f"offers ({file})", "to say what is offered")
-    if not {"price", "discount"} & set(table.columns):
+    try:
+        table = pd.read_csv(file, dtype="str")
+    except (ValueError, OSError) as error:  # of encodings and empty files too
         raise ValueError(
-            f"offers ({file}): expected a column price (money) or discount (a share) beside item, "
-            f"got {', '.join(map(str, table.columns))}"
+            f"offers ({file}) cannot be read: {error}: give a CSV in UTF-8 with a line of names"
+        ) from None
+    names = [str(name) for name in table]
+    if "item" not in names or not {"price", "discount"} & set(names):
+        hint = ": its separator must be a comma" if ";" in "".join(names) else ""
+        raise ValueError(
+            f"offers ({file}): expected the columns item, and price (money) or discount (a share) "
+            f"or both, got {', '.join(names)}{hint}"
         )
+    if not len(table):
+        raise ValueError(f"offers ({file}) has no lines: leave offers out, or null")
     ids = pd.Index(catalog.ids).astype(str)
     row = ids.get_indexer(table["item"].astype(str))
     if (row < 0).any():
@@ -46,12 +53,19 @@ def read_offers(path: str | Path, catalog: Catalog) -> tuple[Tensor, Tensor]:
         price = pd.to_numeric(table["price"], errors="coerce").to_numpy(np.float64)
         gone = table["price"].isna().to_numpy()  # not given: as usual
         wrong = ~gone & ~((price > 0) & np.isfinite(price) & np.isfinite(usual) & (usual > 0))
-        refuse(table, wrong, file, "price", "above 0, of an item that the log has a price of")
+        refuse(
+            table,
+            wrong,
+            file,
+            "price",
+            "a number above 0 (3.50), of an item that has a price in the log",
+        )
         shelf[row] = torch.from_numpy(np.where(gone, 1.0, price / usual)).float()
     if "discount" in table:
         off = pd.to_numeric(table["discount"], errors="coerce").to_numpy(np.float64)
         gone = table["discount"].isna().to_numpy()
-        refuse(table, ~gone & ~((off >= 0) & (off < 1)), file, "discount", "a share in [0, 1)")
+        wrong = ~gone & ~((off >= 0) & (off <= 1 - CHEAPEST))  # the fit knows no larger ones
+        refuse(table, wrong, file, "discount", f"a share from 0 to {1 - CHEAPEST:g}")
         left[row] = torch.from_numpy(np.where(gone, 1.0, 1.0 - off)).float()
     return shelf, left
 
