@@ -108,7 +108,7 @@ def shuffles(shop, state, slate, draws, response, after):
 def as_wide_as_needed(shop):
     def start(users, draws):
         state = TinyWorld.start(shop, users, draws)
-        bought = state["bought"]
+        bought = torch.full((len(users), 40), -1)
         return state | {"bought": bought[:, : 20 + len(users)]}  # the fault: users do not fit
 
     return start
@@ -251,7 +251,7 @@ FAULTS = {
     ),
     "one state for ever": (
         spoilt(keeps_one_state),
-        "wrote into the state handed in (['bought', 'purchases']); return a new one",
+        "wrote into the state handed in (['purchases']); return a new one",
     ),
     "notes in the state": (spoilt(notes_the_slate), "wrote into the state handed in (['taste'])"),
     "writes the users": (
